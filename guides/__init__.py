@@ -1,0 +1,21 @@
+"""The shapes a posterior over adapter sites may take, one family a file."""
+
+from pyrolora.guides.base import Factor, Family, Guide, GuideSpecification
+from pyrolora.guides.blob import BLoB
+from pyrolora.guides.build import build_guide
+from pyrolora.guides.low_rank import LowRank, LowRankNormal
+from pyrolora.guides.mean_field import MeanField
+from pyrolora.guides.point import Point
+
+__all__ = [
+    "BLoB",
+    "Factor",
+    "Family",
+    "Guide",
+    "GuideSpecification",
+    "LowRank",
+    "LowRankNormal",
+    "MeanField",
+    "Point",
+    "build_guide",
+]

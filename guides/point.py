@@ -1,0 +1,49 @@
+"""A point estimate as a posterior: all mass on one value."""
+
+from dataclasses import dataclass
+
+import pyro.distributions as dist
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+from torch.distributions import biject_to
+
+from pyrolora.guides.base import Factor, Family
+from pyrolora.models.sites import Site
+
+
+@dataclass(frozen=True)
+class Point(Family):
+    """A Delta: maximum a posteriori under the declared prior, maximum likelihood under `Flat`.
+
+    Usage::
+
+        SVI(guide={"*.lora_A": BLoB(), "*.lora_B": Point()})
+    """
+
+    def factor(self, site: Site, start: Tensor, prior: TorchDistribution) -> Factor:
+        """See `Family.factor`."""
+        return PointFactor(site, start)
+
+
+class PointFactor(Factor):
+    """A Delta whose unconstrained value is a parameter."""
+
+    roles = {"value": "point"}
+
+    def __init__(self, site: Site, start: Tensor) -> None:
+        super().__init__()
+        self.transform = biject_to(site.support)
+        self.value = nn.Parameter(self.transform.inv(start).clone())
+        self.event_dim = len(site.shape)
+
+    def distribution(self) -> TorchDistribution:
+        """See `Factor.distribution`."""
+        return dist.Delta(self.mean(), event_dim=self.event_dim)
+
+    def mean(self) -> Tensor:
+        """See `Factor.mean`."""
+        return self.transform(self.value)
+
+    def second_moment(self) -> Tensor:
+        """See `Factor.second_moment`."""
+        return self.mean().square()

@@ -1,0 +1,59 @@
+"""What every inference engine promises, and how its settings are read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from pyrolora.inference.posterior import Posterior
+from pyrolora.models.program import BayesianModel
+from pyrolora.models.tasks import EncodedSplit, Split
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Fits a posterior: ``engine.fit(model, task.train) -> Posterior``.
+
+    An engine never asks which adapter it is fitting.
+    """
+
+    def fit(
+        self,
+        model: BayesianModel,
+        data: Split | EncodedSplit,
+        *,
+        progress: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Posterior:
+        """Fit the model to the data."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Figures of one optimisation step, all per example.
+
+    Attributes:
+        step: number of the step, from 1.
+        loss: negative ELBO divided by the number of data, nats per example.
+        nll: negative log-likelihood of the mini-batch under the draw, nats per example.
+        kl: KL from posterior to prior divided by the number of data, nats per example; for a point estimate minus the
+            log prior density.
+        grad_norm: Euclidean norm of all gradients.
+    """
+
+    step: int
+    loss: float
+    nll: float
+    kl: float
+    grad_norm: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, ready for JSON."""
+        return dict(vars(self))
+
+
+History = list[StepStats]
+
+

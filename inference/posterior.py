@@ -1,0 +1,152 @@
+"""The posterior that every engine returns."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyrolora.guides.base import Guide
+from pyrolora.inference.predictive import Batch, Predictive, gather_rows
+from pyrolora.models.naming import nearest
+from pyrolora.models.program import BayesianModel
+from pyrolora.models.tasks import EncodedSplit, Split
+
+# rows times draws that go through the network at once
+ROWS_AT_ONCE = 256
+
+
+class Posterior:
+    """A fitted guide over the sites of a model, whatever engine fitted it.
+
+    Usage::
+
+        posterior = SVI(guide=BLoB()).fit(model, task.train)
+        posterior.predict(task.test, draws=10).mean_probs
+        posterior.save_pretrained("runs/blob")
+
+    Args:
+        model: the model whose sites it describes.
+        guide: the fitted guide.
+        record: what made it (engine, settings, seed, history), kept with saved files.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("mc", "mean")
+
+    def __init__(self, model: BayesianModel, guide: Guide, record: Mapping[str, Any]) -> None:
+        self.model = model
+        self.guide = guide
+        self.record = dict(record)
+
+    @property
+    def default_kind(self) -> str:
+        """The kind of prediction used when none is named: ``"mean"`` for a point estimate, else ``"mc"``."""
+        return "mean" if self.is_point else "mc"
+
+    @property
+    def is_point(self) -> bool:
+        """Whether all mass lies on one value, so that every draw is the same."""
+        return not self.guide.parameters_by_role()["scale"]
+
+    def sample(self, draws: int, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Independent coherent draws of all sites; the same generator state gives the same draws.
+
+        Shape:
+            site name -> ``(draws, *site.shape)``
+        """
+        return self.guide.sample(draws, generator)
+
+    def log_prob(self, draw: Mapping[str, Tensor]) -> Tensor:
+        """Log posterior density of draws in nats, ``(draws,)``; infinite where a site is a point."""
+        return self.guide.log_prob(draw)
+
+    def mean(self) -> dict[str, Tensor]:
+        """Posterior mean, site name -> tensor of the site's shape."""
+        return self.guide.mean()
+
+    @torch.no_grad()
+    def predict(
+        self,
+        data: Batch | Split | EncodedSplit,
+        *,
+        draws: int = 10,
+        kind: str | None = None,
+        generator: torch.Generator | None = None,
+        batch_size: int = 32,
+        progress: bool = False,
+    ) -> Predictive:
+        """Posterior predictive probabilities of a batch or a whole split, rows in the order given.
+
+        Args:
+            data: a batch, or a split (length-bucketed internally).
+            draws: number of weight draws; every row sees the same draws, so rows are jointly coherent.
+            kind: ``"mc"``, ``"mean"``, or one this posterior adds; default by posterior.
+            generator: seeds the draws.
+            batch_size: rows at once, before draws are put on the batch axis.
+            progress: show a bar.
+
+        Raises:
+            ValueError: an unknown kind (the nearest is offered), or fewer than one draw.
+        """
+        kind = self.default_kind if kind is None else kind
+        if kind not in self.kinds:
+            raise ValueError(
+                f"{type(self).__name__} has no prediction of kind {kind!r}. Did you mean {nearest(kind, self.kinds)!r}? "
+                f"Kinds: {', '.join(self.kinds)}."
+            )
+        if draws < 1:
+            raise ValueError(f"A prediction needs at least one draw; got {draws}. A usual choice is 10.")
+        if isinstance(data, Mapping):
+            rows = data["input_ids"].shape[0]
+            batches: Iterator[Batch] = iter([{**data, "index": torch.arange(rows)}])
+            labels, total = data.get("labels"), 1
+        else:
+            encoded = self.model.encode(data)
+            batches, labels = encoded.batches(batch_size), encoded.labels
+            total = -(-len(encoded) // batch_size)
+        parts = []
+        predict_batch = self._predictor(kind, draws, generator)
+        for batch in tqdm(batches, total=total, desc="predict", disable=not progress, leave=False):
+            parts.append((batch["index"].cpu(), predict_batch(batch).float().cpu()))
+        self.model.release()
+        return gather_rows(parts, None if labels is None else labels.cpu(), kind)
+
+    def _predictor(self, kind: str, draws: int, generator: torch.Generator | None) -> Any:
+        """A function from a batch to probabilities ``(draws, rows, classes)``, with its draws taken once."""
+        if kind == "mean":
+            mean = self.mean()
+            return lambda batch: self.model.logits(batch, mean).softmax(-1)
+        sampled = self.sample(draws, generator=generator)
+
+        def predict_batch(batch: Batch) -> Tensor:
+            if self.model.first_block > 0 and "trunk" not in batch:
+                batch = {**batch, "trunk": self.model.backbone.trunk(batch, self.model.first_block)}
+            at_once = max(1, ROWS_AT_ONCE // batch["input_ids"].shape[0])
+            chunks = []
+            for first in range(0, draws, at_once):
+                some = {name: value[first : first + at_once] for name, value in sampled.items()}
+                chunks.append(self.model.logits(batch, some).softmax(-1))
+            return torch.cat(chunks)
+
+        return predict_batch
+
+    def to_arviz(self, *args: Any, **kwargs: Any) -> Any:
+        """An `xarray.DataTree` of draws, predictions and training curves; see `pyrolora.inference.arviz.to_datatree`."""
+        from pyrolora.inference.arviz import to_datatree
+
+        return to_datatree(self, *args, **kwargs)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the posterior to a folder; see `pyrolora.inference.storage.save`."""
+        from pyrolora.inference.storage import save
+
+        return save(self, folder)
+
+    @staticmethod
+    def from_pretrained(folder: str | Path, backbone: Any = None, *, model: BayesianModel | None = None) -> "Posterior":
+        """Read a posterior from a folder; see `pyrolora.inference.storage.load`."""
+        from pyrolora.inference.storage import load
+
+        return load(folder, backbone, model=model)

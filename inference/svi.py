@@ -1,0 +1,128 @@
+"""Stochastic variational inference: the true ELBO per example, one torch optimiser, resumable step by step."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrolora.guides import BLoB
+from pyrolora.guides.base import Family, GuideSpecification
+from pyrolora.inference.engine import StepStats
+from pyrolora.inference.noise import SCOPES
+from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.training import TrainingRun
+from pyrolora.models.naming import nearest
+from pyrolora.models.program import BayesianModel
+from pyrolora.models.tasks import EncodedSplit, Split
+
+
+@dataclass(frozen=True)
+class SVI:
+    """Fits a guide by maximising the ELBO.
+
+    Usage::
+
+        posterior = SVI(guide=BLoB(), steps=300, kl_weight=0.1).fit(model, task.train)
+
+    The loss is ``NLL per example + kl_weight * KL / N``, so learning rates do not depend on the size of the data.
+    ``kl_weight=1`` is the true ELBO; less is a cold posterior and should be chosen on validation data and named.
+    The standard deviations have a learning rate of their own, large enough to converge within the run: a width that has not
+    converged is an artefact of where training stops.
+
+    Args:
+        guide: the family of the posterior, or ``{glob pattern: family}``.
+        steps: optimisation steps.
+        batch_size: examples a step.
+        learning_rate: Adam's rate for means and points.
+        scale_learning_rate: Adam's rate for the parameters of the standard deviations.
+        kl_weight: weight of the KL (temperature of the posterior).
+        particles: draws a step, one backward each.
+        noise: ``"example"`` draws independently for every example, ``"weight"`` once for the batch.
+        warmup: fraction of the steps over which the rates rise linearly; they fall linearly to zero after it.
+        max_grad_norm: gradients are clipped to this norm; None for no clipping.
+        seed: seeds the start, the order of the data and all draws.
+        checkpoint: folder to keep the state in, or None.
+        checkpoint_every: steps between two checkpoints.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    guide: GuideSpecification = field(default_factory=BLoB, metadata={"help": "family of the posterior"})
+    steps: int = field(default=300, metadata={"help": "optimisation steps"})
+    batch_size: int = field(default=16, metadata={"help": "examples a step"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "rate of means and points"})
+    scale_learning_rate: float = field(default=2e-2, metadata={"help": "rate of standard deviations"})
+    kl_weight: float = field(default=1.0, metadata={"help": "weight of the KL; 1 is the true ELBO"})
+    particles: int = field(default=1, metadata={"help": "draws a step"})
+    noise: str = field(default="example", metadata={"help": "'example' or 'weight'"})
+    warmup: float = field(default=0.06, metadata={"help": "fraction of the steps with rising rates"})
+    max_grad_norm: float | None = field(default=None, metadata={"help": "clip gradients to this norm"})
+    seed: int = field(default=0, metadata={"help": "seed of start, data order and draws"})
+    checkpoint: str | Path | None = field(default=None, metadata={"help": "folder of the training state"})
+    checkpoint_every: int = field(default=50, metadata={"help": "steps between checkpoints"})
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "particles", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        for name in ("learning_rate", "scale_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}. Try {1e-3 if name[0] == 'l' else 2e-2}.")
+        if self.kl_weight < 0:
+            raise ValueError(f"kl_weight must not be negative; got {self.kl_weight}. 1 is the true ELBO.")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is a fraction of the steps in [0, 1); got {self.warmup}. Try 0.06.")
+        if self.noise not in SCOPES:
+            raise ValueError(
+                f"Unknown noise scope {self.noise!r}. Did you mean {nearest(self.noise, SCOPES)!r}? "
+                f"Scopes: {', '.join(SCOPES)}."
+            )
+
+    def fit(
+        self,
+        model: BayesianModel,
+        data: Split | EncodedSplit,
+        *,
+        progress: bool = True,
+        generator: torch.Generator | None = None,
+        start: Mapping[str, Tensor] | None = None,
+    ) -> Posterior:
+        """Fit the guide to the data.
+
+        With ``checkpoint`` set, a fit that was interrupted goes on from its last checkpoint and ends where an uninterrupted
+        one would, because the batch and the draws of a step depend on the seed and the step alone.
+
+        Args:
+            model: the model; its backbone is not changed.
+            data: training data.
+            progress: show a bar with running means of NLL and KL.
+            generator: source of the seed, instead of ``seed``.
+            start: site name -> where its mean starts, such as another posterior's mean.
+
+        Raises:
+            ValueError: empty or one-class data, or a guide that does not fit the model's sites.
+            FloatingPointError: the loss stopped being finite; the message names step and site.
+        """
+        run = TrainingRun(self, model, data, generator=generator, start=start)
+        for _ in run.iterate(progress=progress):
+            pass
+        return run.posterior()
+
+    def iterate(
+        self, model: BayesianModel, data: Split | EncodedSplit, *, generator: torch.Generator | None = None
+    ) -> Iterator[StepStats]:
+        """One optimisation step an item; `fit` is a loop over it."""
+        return TrainingRun(self, model, data, generator=generator).iterate()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings, ready for JSON."""
+        settings = {key: value for key, value in vars(self).items() if key not in ("guide", "checkpoint")}
+        guide = self.guide
+        settings["guide"] = (
+            guide.to_dict() if isinstance(guide, Family) else {key: value.to_dict() for key, value in guide.items()}
+        )
+        return {"engine": type(self).__name__, **settings}

@@ -1,0 +1,207 @@
+"""The optimisation loop behind `SVI` and `MAP`: per-example ELBO, seeded steps, checkpoints."""
+
+import hashlib
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pyro
+import torch
+from pyro.infer import TraceMeanField_ELBO
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pyrolora.guides import build_guide
+from pyrolora.inference import checkpoint
+from pyrolora.inference.engine import History, StepStats
+from pyrolora.inference.noise import NoiseMessenger, TemperMessenger
+from pyrolora.inference.posterior import Posterior
+from pyrolora.models.program import BayesianModel
+from pyrolora.models.tasks import EncodedSplit, Split
+from pyrolora.models.trunk import TrunkCache
+
+if TYPE_CHECKING:
+    from pyrolora.inference.svi import SVI
+
+logger = logging.getLogger(__name__)
+
+
+class LabelRecorder(Messenger):
+    """Keeps the mean negative log-likelihood of the observed labels of every run of the model inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: list[float] = []
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] == "label":
+            with torch.no_grad():
+                self.values.append(-float(msg["fn"].log_prob(msg["value"]).mean()))
+
+
+class TrainingRun:
+    """The state of one fit: guide, optimiser, step number and history.
+
+    Args:
+        engine: the settings.
+        model: the model.
+        data: training data.
+        generator: source of the seed, instead of the engine's.
+        start: site name -> where its mean starts.
+    """
+
+    def __init__(
+        self,
+        engine: "SVI",
+        model: BayesianModel,
+        data: Split | EncodedSplit,
+        *,
+        generator: torch.Generator | None = None,
+        start: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.engine, self.model = engine, model
+        self.data = model.encode(data)
+        self.data.require_trainable()
+        self.seed = engine.seed if generator is None else int(torch.randint(2**31, (), generator=generator))
+        source = torch.Generator().manual_seed(self.seed)
+        self.guide = build_guide(engine.guide, model, start=start, generator=source)
+        roles = self.guide.parameters_by_role()
+        rates = {"loc": engine.learning_rate, "point": engine.learning_rate, "scale": engine.scale_learning_rate}
+        self.groups = [{"params": roles[role], "lr": rates[role]} for role in roles if roles[role]]
+        self.parameters = [parameter for group in self.groups for parameter in group["params"]]
+        self.optimiser = torch.optim.Adam(self.groups, foreach=True)
+        self.peak_rates = [group["lr"] for group in self.optimiser.param_groups]
+        self.noisy_sites = frozenset(name for name in self.guide.site_names if self._is_noisy(name))
+        self.elbo = TraceMeanField_ELBO(num_particles=engine.particles)
+        self.trunks = TrunkCache(model.backbone, model.first_block, len(self.data))
+        self.step = 0
+        self.history: History = []
+        if engine.checkpoint is not None and checkpoint.exists(engine.checkpoint):
+            checkpoint.restore(self, engine.checkpoint)
+            logger.info("Resuming at step %d from %s", self.step, engine.checkpoint)
+
+    def _is_noisy(self, name: str) -> bool:
+        factor = dict(self.guide.items())[name]
+        return name in self.model.adapter_sites and "scale" in factor.roles.values()
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with this run for resuming to make sense."""
+        sites = {name: list(site.shape) for name, site in self.model.sites.items()}
+        settings = {key: value for key, value in self.engine.to_dict().items() if key != "checkpoint_every"}
+        return {
+            "settings": settings,
+            "seed": self.seed,
+            "sites": sites,
+            "prior": self.model.prior.to_dict(),
+            "backbone": self.model.backbone.fingerprint,
+            "data": _data_digest(self.data),
+        }
+
+    def iterate(self, progress: bool = False) -> Iterator[StepStats]:
+        """Run the remaining steps, one an item, writing checkpoints on the way and on interruption."""
+        engine = self.engine
+        batches = self.data.stream(engine.batch_size, seed=self.seed, start=self.step)
+        bar = tqdm(
+            total=engine.steps, initial=self.step, desc=type(engine).__name__.lower(), disable=not progress, leave=False
+        )
+        running: dict[str, float] = {}
+        try:
+            while self.step < engine.steps:
+                stats = self._take_step(self.trunks.attach(next(batches)))
+                for key in ("nll", "kl"):
+                    running[key] = 0.95 * running.get(key, getattr(stats, key)) + 0.05 * getattr(stats, key)
+                bar.update()
+                bar.set_postfix(nll=f"{running['nll']:.3f}", kl=f"{running['kl']:.3f}", refresh=False)
+                if engine.checkpoint is not None and self.step % engine.checkpoint_every == 0:
+                    checkpoint.write(self, engine.checkpoint)
+                yield stats
+        except KeyboardInterrupt:
+            if engine.checkpoint is not None:
+                checkpoint.write(self, engine.checkpoint)
+                logger.warning("Interrupted after step %d; state kept in %s", self.step, engine.checkpoint)
+            raise
+        finally:
+            bar.close()
+            self.model.release()
+
+    def _take_step(self, batch: Mapping[str, Tensor]) -> StepStats:
+        engine, num_data = self.engine, len(self.data)
+        factor = self._rate_factor(self.step)
+        for group, rate in zip(self.optimiser.param_groups, self.peak_rates, strict=True):
+            group["lr"] = rate * factor
+        self.optimiser.zero_grad(set_to_none=True)
+        recorder = LabelRecorder()
+        scopes: list[Messenger] = [TemperMessenger(num_data, engine.kl_weight)]
+        if engine.noise == "example" and self.noisy_sites:
+            scopes.append(NoiseMessenger(self.noisy_sites, batch["input_ids"].shape[0]))
+        run_model, run_guide = recorder(self.model.__call__), self.guide.__call__
+        for scope in scopes:
+            run_model, run_guide = scope(run_model), scope(run_guide)
+        with self._seeded_step(), pyro.validation_enabled(False):
+            loss = self.elbo.loss_and_grads(run_model, run_guide, batch, num_data)
+        nll = sum(recorder.values) / len(recorder.values)
+        grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = float(nn.utils.get_total_norm(grads))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FloatingPointError(self._describe_failure(loss, norm))
+        if engine.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, engine.max_grad_norm, torch.tensor(norm))
+        self.optimiser.step()
+        self.step += 1
+        if self.model.prior.scales:
+            self.model.prior.update_scales(self.guide.second_moments(), self.step / engine.steps)
+        kl = (loss - nll) / engine.kl_weight if engine.kl_weight > 0 else math.nan
+        stats = StepStats(self.step, loss, nll, kl, norm)
+        self.history.append(stats)
+        return stats
+
+    def _rate_factor(self, step: int) -> float:
+        """Linear rise over the warm-up, then linear fall that would reach zero after the last step."""
+        rising = max(1, round(self.engine.warmup * self.engine.steps))
+        if step < rising:
+            return (step + 1) / rising
+        return (self.engine.steps - step) / max(1, self.engine.steps - rising)
+
+    @contextmanager
+    def _seeded_step(self) -> Iterator[None]:
+        """Draws that depend on the seed and the step alone, and leave the user's random state as it was."""
+        devices = [self.model.backbone.device] if self.model.backbone.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            mixed = hashlib.sha256(f"{self.seed}:{self.step}".encode()).digest()
+            torch.manual_seed(int.from_bytes(mixed[:7], "big"))
+            yield
+
+    def _describe_failure(self, loss: float, norm: float) -> str:
+        guilty = [
+            name
+            for name, factor in self.guide.items()
+            if any(not p.isfinite().all() or (p.grad is not None and not p.grad.isfinite().all()) for p in factor.parameters())
+        ]
+        where = f"the site {guilty[0]!r}" if guilty else "the likelihood (no site holds a non-finite value)"
+        kept = "" if self.engine.checkpoint is None else f" The last good state is in {self.engine.checkpoint}."
+        return (
+            f"The loss became {loss} (gradient norm {norm}) at step {self.step + 1}, first in {where}.{kept} "
+            "Lower learning_rate or scale_learning_rate, or clip with max_grad_norm=1.0."
+        )
+
+    def posterior(self) -> Posterior:
+        """The posterior as fitted so far, independent of further steps."""
+        record = {
+            **self.engine.to_dict(),
+            "seed": self.seed,
+            "num_data": len(self.data),
+            "steps_done": self.step,
+            "history": [stats.to_dict() for stats in self.history],
+        }
+        return Posterior(self.model, self.guide, record)
+
+
+def _data_digest(data: EncodedSplit) -> str:
+    digest = hashlib.sha256()
+    batch = next(iter(data.batches(min(len(data), 64))))
+    for key in ("index", "input_ids", "labels"):
+        digest.update(batch[key].cpu().numpy().tobytes())
+    return f"{len(data)}:{digest.hexdigest()[:16]}"

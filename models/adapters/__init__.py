@@ -1,0 +1,7 @@
+"""Which tensors change the network, and how a draw of them changes a projection."""
+
+from pyrolora.models.adapters.base import Adapter
+from pyrolora.models.adapters.last_layer import LastLayer
+from pyrolora.models.adapters.lora import LoRA
+
+__all__ = ["Adapter", "LastLayer", "LoRA"]

