@@ -3,6 +3,7 @@
 from pyrolora.guides.base import Factor, Family, Guide, GuideSpecification
 from pyrolora.guides.blob import BLoB
 from pyrolora.guides.build import build_guide
+from pyrolora.guides.full_covariance import FullCovariance
 from pyrolora.guides.low_rank import LowRank, LowRankNormal
 from pyrolora.guides.mean_field import MeanField
 from pyrolora.guides.point import Point
@@ -12,6 +13,7 @@ __all__ = [
     "Factor",
     "Family",
     "Guide",
+    "FullCovariance",
     "GuideSpecification",
     "LowRank",
     "LowRankNormal",

@@ -22,9 +22,11 @@ class Factor(nn.Module, ABC):
 
     Attributes:
         roles: parameter name -> ``"loc"``, ``"scale"`` or ``"point"``, by which an engine sets learning rates.
+        family: the family that made it, set by `build_guide` and kept with saved posteriors.
     """
 
     roles: Mapping[str, str] = {}
+    family: "Family"
 
     @abstractmethod
     def distribution(self) -> TorchDistribution:

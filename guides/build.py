@@ -34,10 +34,9 @@ def build_guide(
     values = {**model.initial(generator), **(start or {})}
     with poutine.trace() as traced, poutine.condition(data=values), torch.no_grad():
         model.sample_sites()
-    nodes = traced.trace.nodes
-    return Guide(
-        {
-            name: family.factor(model.sites[name], nodes[name]["value"].detach(), nodes[name]["fn"])
-            for name, family in families.items()
-        }
-    )
+    factors = {}
+    for name, family in families.items():
+        node = traced.trace.nodes[name]
+        factors[name] = family.factor(model.sites[name], node["value"].detach(), node["fn"])
+        factors[name].family = family
+    return Guide(factors)

@@ -145,8 +145,14 @@ class Posterior:
         return save(self, folder)
 
     @staticmethod
-    def from_pretrained(folder: str | Path, backbone: Any = None, *, model: BayesianModel | None = None) -> "Posterior":
+    def from_pretrained(
+        folder: str | Path,
+        backbone: Any = None,
+        *,
+        model: BayesianModel | None = None,
+        data_dir: str | Path | None = None,
+    ) -> "Posterior":
         """Read a posterior from a folder; see `pyrolora.inference.storage.load`."""
         from pyrolora.inference.storage import load
 
-        return load(folder, backbone, model=model)
+        return load(folder, backbone, model=model, data_dir=data_dir)

@@ -156,6 +156,8 @@ class Backbone:
     def trunk(self, batch: Mapping[str, Tensor], first_block: int) -> Tensor:
         """Input of block ``first_block``: what every draw shares when no block below it is adapted.
 
+        A bound draw plays no part, whichever model bound it.
+
         Args:
             batch: see `hidden_states`.
             first_block: index of the lowest adapted block.
@@ -163,14 +165,14 @@ class Backbone:
         Shape:
             ``(rows, tokens, hidden)``
         """
-        caught: list[Tensor] = []
-        handle = self.blocks[first_block].register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+        caught = _Catch()
+        bound, self._deltas = self._deltas, {}
         try:
-            with self._swapped(range(first_block + 1, len(self.blocks)), nn.Identity()):
+            with self._swapped(range(first_block, len(self.blocks)), caught):
                 self.body(**self._inputs(batch))
         finally:
-            handle.remove()
-        return caught[0]
+            self._deltas = bound
+        return caught.first
 
     def label_weight(self, label_ids: Tensor | None = None) -> Tensor:
         """Rows of the output embedding: all of them, or those of the label tokens.
@@ -241,6 +243,17 @@ class _Passing(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.stand_in(hidden_states)
+
+
+class _Catch(nn.Module):
+    """Keeps the first hidden states that pass through."""
+
+    first: Tensor
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if not hasattr(self, "first"):
+            self.first = hidden_states
+        return hidden_states
 
 
 class _Resume(nn.Module):

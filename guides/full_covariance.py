@@ -1,0 +1,90 @@
+"""One dense Normal over all weights of a small site, such as a last layer."""
+
+from dataclasses import dataclass, field
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pyrolora.guides.base import Factor, Family
+from pyrolora.guides.mean_field import require_positive, starting_scale
+from pyrolora.models.sites import Site
+
+# a dense factor of this many weights takes 400 MB in float32
+MOST_WEIGHTS = 10_000
+
+
+@dataclass(frozen=True)
+class FullCovariance(Family):
+    """Normal with a dense covariance over the flattened weights of one site.
+
+    Usage::
+
+        SVI(guide={"head.weight": FullCovariance(), "*.lora_*": Point()})
+
+    Args:
+        init_scale: standard deviation of a weight at the start; None starts at the prior's own.
+
+    Raises:
+        ValueError: ``init_scale`` is not positive.
+    """
+
+    init_scale: float | None = field(
+        default=None, metadata={"help": "standard deviation of a weight at the start; None for the prior's own"}
+    )
+
+    def __post_init__(self) -> None:
+        require_positive(self.init_scale)
+
+    def factor(self, site: Site, start: Tensor, prior: TorchDistribution) -> Factor:
+        """See `Family.factor`.
+
+        Raises:
+            ValueError: the site is constrained, or too large for a dense covariance.
+        """
+        if site.support is not constraints.real or site.numel > MOST_WEIGHTS:
+            raise ValueError(
+                f"FullCovariance needs a site of at most {MOST_WEIGHTS:,} real weights; {site.name!r} has "
+                f"{site.numel:,} with support {site.support}. Use LowRank or MeanField there."
+            )
+        return FullCovarianceFactor(start, starting_scale(self.init_scale, site, start, prior))
+
+
+class FullCovarianceFactor(Factor):
+    """Mean, and the lower Cholesky factor of the covariance with its diagonal in logarithm."""
+
+    roles = {"loc": "loc", "log_diag": "scale", "lower": "scale"}
+
+    def __init__(self, start: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(start.clone())
+        self.log_diag = nn.Parameter(scale.flatten().log())
+        self.lower = nn.Parameter(torch.zeros(scale.numel(), scale.numel(), dtype=scale.dtype, device=scale.device))
+
+    @property
+    def scale_tril(self) -> Tensor:
+        """Lower Cholesky factor of the covariance, ``(weights, weights)``."""
+        return self.lower.tril(-1) + self.log_diag.exp().diag()
+
+    @torch.no_grad()
+    def set_scale_tril(self, scale_tril: Tensor) -> None:
+        """Take over a lower Cholesky factor, ``(weights, weights)``."""
+        self.lower.copy_(scale_tril.tril(-1))
+        self.log_diag.copy_(scale_tril.diagonal().log())
+
+    def distribution(self) -> TorchDistribution:
+        """See `Factor.distribution`."""
+        flat = dist.MultivariateNormal(self.loc.flatten(), scale_tril=self.scale_tril, validate_args=False)
+        return dist.TransformedDistribution(
+            flat, [dist.transforms.ReshapeTransform((self.loc.numel(),), self.loc.shape)]
+        )
+
+    def mean(self) -> Tensor:
+        """See `Factor.mean`."""
+        return self.loc
+
+    def second_moment(self) -> Tensor:
+        """See `Factor.second_moment`."""
+        return self.loc.square() + self.scale_tril.square().sum(-1).reshape(self.loc.shape)

@@ -1,0 +1,110 @@
+"""The methods that `compare` knows by name: a prior, a guide and an engine each."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from pyrolora.guides.base import Family
+from pyrolora.inference.laplace import Laplace
+from pyrolora.inference.map import MAP
+from pyrolora.inference.svi import SVI
+from pyrolora.models.declarations import declared
+from pyrolora.models.naming import nearest
+
+ENGINES = {"MAP": MAP, "SVI": SVI, "Laplace": Laplace}
+
+# the standard deviation that BLoB's paper gives the weights of A
+WEAK_NORMAL = "Normal(0, 0.2)"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of a comparison, as text and numbers that a YAML file can hold.
+
+    Attributes:
+        engine: ``"MAP"``, ``"SVI"``, ``"Laplace"``, or ``"none"`` for the pretrained model.
+        prior: declaration of the prior, or ``{glob pattern: declaration}``.
+        guide: declaration of the guide, or ``{glob pattern: declaration}``; for SVI only.
+        settings: settings of the engine.
+        adapters: declarations of adapters added to the experiment's own.
+        estimate: another method whose posterior mean this one starts from (Laplace).
+    """
+
+    engine: str
+    prior: str | Mapping[str, str] = WEAK_NORMAL
+    guide: str | Mapping[str, str] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    adapters: tuple[str, ...] = ()
+    estimate: str | None = None
+
+    def changed(self, overrides: Mapping[str, Any]) -> "Method":
+        """The method with some of its own fields or of its engine's settings replaced.
+
+        Raises:
+            ValueError: a name that is neither; the nearest is offered.
+        """
+        own = {entry.name for entry in fields(self)} - {"settings"}
+        allowed = own | self.setting_names()
+        changes = {key: value for key, value in overrides.items() if key in own}
+        settings = {**self.settings, **{key: value for key, value in overrides.items() if key not in own}}
+        for key in overrides:
+            if key not in allowed:
+                raise ValueError(
+                    f"The engine {self.engine} has no setting {key!r}. Did you mean {nearest(key, allowed)!r}? "
+                    f"Settings: {', '.join(sorted(allowed))}."
+                )
+        return Method(**{**vars(self), **changes, "settings": settings})
+
+    def setting_names(self) -> set[str]:
+        """Names of the engine's settings that a config may set."""
+        if self.engine not in ENGINES:
+            return set()
+        return {entry.name for entry in fields(ENGINES[self.engine])} - {"guide", "estimate", "checkpoint", "seed"}
+
+    def make_engine(self, **more: Any) -> Any:
+        """The engine with its settings and whatever the experiment adds (seed, checkpoint folder).
+
+        Raises:
+            ValueError: an unknown engine or guide, or a setting out of range.
+        """
+        if self.engine not in ENGINES:
+            raise ValueError(
+                f"Unknown engine {self.engine!r}. Did you mean {nearest(self.engine, ENGINES)!r}? "
+                f"Engines: {', '.join(ENGINES)}."
+            )
+        settings = {**self.settings, **more}
+        if self.guide is not None:
+            guide = self.guide
+            settings["guide"] = (
+                declared(guide, Family.registered, "guide")
+                if isinstance(guide, str)
+                else {pattern: declared(text, Family.registered, "guide") for pattern, text in guide.items()}
+            )
+        return ENGINES[self.engine](**settings)
+
+
+METHODS: dict[str, Method] = {
+    "zero-shot": Method("none", prior="Flat()"),
+    "mle": Method("MAP", prior="Flat()"),
+    "map": Method("MAP"),
+    "blob": Method(
+        "SVI",
+        prior={"*.lora_A": WEAK_NORMAL, "*.lora_B": "Flat()"},
+        guide="BLoB()",
+        settings={"steps": 300, "kl_weight": 0.1},
+    ),
+    "mean_field": Method("SVI", guide="MeanField()", settings={"steps": 300, "kl_weight": 0.1}),
+    "low_rank": Method(
+        "SVI",
+        prior={"*.lora_A": WEAK_NORMAL, "*.lora_B": "Flat()"},
+        guide={"*.lora_A": "LowRank(rank=4)", "*.lora_B": "Point()"},
+        settings={"steps": 300, "kl_weight": 0.1},
+    ),
+    "laplace": Method("Laplace", settings={"structure": "diag", "precision": "evidence"}, estimate="map"),
+    "laplace_last_layer": Method(
+        "Laplace",
+        prior={"*.lora_*": WEAK_NORMAL, "head.weight": "Normal(0, 0.1)"},
+        settings={"structure": "last_layer", "precision": "evidence"},
+        adapters=("LastLayer()",),
+    ),
+}

@@ -1,0 +1,211 @@
+"""Posteriors on disk: a PEFT adapter of the mean, the full guide in safetensors, settings in JSON."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pyrolora.guides.base import Family, resolve
+from pyrolora.guides.build import build_guide
+from pyrolora.models.adapters import Adapter, LoRA
+from pyrolora.models.backbones import Backbone, load_backbone
+from pyrolora.models.naming import nearest
+from pyrolora.models.priors import Prior
+from pyrolora.models.program import BayesianModel
+from pyrolora.models.tasks import task
+
+if TYPE_CHECKING:
+    from pyrolora.inference.posterior import Posterior
+
+FORMAT = 1
+CONFIG, WEIGHTS = "posterior_config.json", "posterior.safetensors"
+
+
+def save(posterior: "Posterior", folder: str | Path) -> Path:
+    """Write a posterior to a folder, whole or not at all; an existing folder is replaced.
+
+    The folder holds ``posterior_config.json`` and ``posterior.safetensors``, and, for a model whose only adapter is `LoRA`,
+    ``adapter_config.json`` and ``adapter_model.safetensors``: the posterior mean as a plain PEFT adapter, which
+    ``PeftModel.from_pretrained`` loads without this library.
+
+    Args:
+        posterior: what to keep.
+        folder: where; parents are made.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        (partial / CONFIG).write_text(json.dumps(_config(posterior), indent=2))
+        save_file(_tensors(posterior), partial / WEIGHTS)
+        _write_peft(posterior, partial)
+        partial.chmod(0o755)
+        replaced = None
+        if folder.exists():
+            replaced = partial.with_name(partial.name + "-old")
+            os.replace(folder, replaced)
+        os.replace(partial, folder)
+        if replaced is not None:
+            shutil.rmtree(replaced)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return folder
+
+
+def _config(posterior: "Posterior") -> dict[str, Any]:
+    model = posterior.model
+    return {
+        "format": FORMAT,
+        "posterior": type(posterior).__name__,
+        "backbone": {"name": model.backbone.name, "fingerprint": model.backbone.fingerprint},
+        "task": model.task.name,
+        "adapters": [adapter.to_dict() for adapter in model.adapters],
+        "prior": model.prior.to_dict(),
+        "num_data": model.num_data,
+        "max_length": model.max_length,
+        "guide": {name: factor.family.to_dict() for name, factor in posterior.guide.items()},
+        "record": posterior.record,
+    }
+
+
+def _tensors(posterior: "Posterior") -> dict[str, Tensor]:
+    tensors = {
+        f"guide/{name}/{key}": value
+        for name, factor in posterior.guide.items()
+        for key, value in factor.state_dict().items()
+    }
+    tensors.update({f"prior/{name}/scale": scale for name, scale in posterior.model.prior.scales.items()})
+    return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+
+
+def _write_peft(posterior: "Posterior", folder: Path) -> None:
+    model = posterior.model
+    if len(model.adapters) != 1 or not isinstance(model.adapters[0], LoRA):
+        return
+    adapter = model.adapters[0]
+    mean = posterior.mean()
+    weights = {
+        key: value.cpu().contiguous()
+        for site in model.adapter_sites.values()
+        for key, value in zip(site.keys, mean[site.name].unbind(0), strict=True)
+    }
+    modules = sorted({module for site in model.adapter_sites.values() for module in site.modules})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.backbone.name,
+        "inference_mode": True,
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        # full paths, so that a choice of layers and shapes survives whatever PEFT matches by suffix
+        "target_modules": modules,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def load(
+    folder: str | Path,
+    backbone: Backbone | str | None = None,
+    *,
+    model: BayesianModel | None = None,
+    data_dir: str | Path | None = None,
+) -> "Posterior":
+    """Read a posterior from a folder.
+
+    Usage: ``Posterior.from_pretrained("runs/blob", backbone)``; the same generator gives the same draws as before saving.
+
+    Args:
+        folder: what `save` wrote.
+        backbone: the frozen network or its name; None loads the recorded one.
+        model: a model to use instead of rebuilding it, needed where the prior is a callable or the task is not registered.
+        data_dir: folder with the task's files, if it was fitted from one.
+
+    Raises:
+        FileNotFoundError: no posterior there; the nearest folder that holds one is offered.
+        ValueError: a damaged or foreign file, another backbone, or other sites.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"The posterior in {folder} lacks {WEIGHTS}; save it again.") from error
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged or truncated ({error}); save the posterior again.") from error
+    if model is None:
+        if not isinstance(backbone, Backbone):
+            backbone = load_backbone(backbone or config["backbone"]["name"])
+        _check_backbone(folder, config, backbone)
+        model = BayesianModel(
+            backbone,
+            task(config["task"], data_dir=data_dir),
+            adapter=[Adapter.from_dict(entry) for entry in config["adapters"]],
+            prior=Prior.specification_from_dict(config["prior"]),
+            num_data=config["num_data"],
+            max_length=config["max_length"],
+        )
+    _check_backbone(folder, config, model.backbone)
+    families = {name: Family.from_dict(entry) for name, entry in config["guide"].items()}
+    guide = build_guide(resolve(families, model.sites), model)
+    for name, factor in guide.items():
+        prefix = f"guide/{name}/"
+        state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        try:
+            factor.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(
+                f"The posterior in {folder} does not fit the site {name!r} of shape {tuple(model.sites[name].shape)}: "
+                f"{error}. Load it with the adapters it was saved with."
+            ) from error
+    for name, scale in model.prior.scales.items():
+        scale.copy_(tensors[f"prior/{name}/scale"].to(scale))
+    return _posterior_class(config["posterior"])(model, guide, config["record"])
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.is_file():
+        near = nearest(folder.name, [entry.parent.name for entry in folder.parent.glob(f"*/{CONFIG}")])
+        hint = f" Did you mean {str(folder.parent / near)!r}?" if near else ""
+        raise FileNotFoundError(f"No posterior at {str(folder)!r}: {CONFIG} is not there.{hint}")
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); save the posterior again.") from error
+    if config.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} has format {config.get('format')!r}; this version reads {FORMAT}. Save it again with this version."
+        )
+    return config
+
+
+def _check_backbone(folder: Path, config: dict[str, Any], backbone: Backbone) -> None:
+    recorded = config["backbone"]
+    if recorded["fingerprint"] != backbone.fingerprint:
+        raise ValueError(
+            f"The posterior in {folder} belongs to {recorded['name']!r} (fingerprint {recorded['fingerprint']}), not to "
+            f"{backbone.name!r} (fingerprint {backbone.fingerprint}). Load it with the model it was fitted on."
+        )
+
+
+def _posterior_class(name: str) -> type["Posterior"]:
+    from pyrolora.inference.laplace import LaplacePosterior
+    from pyrolora.inference.posterior import Posterior
+
+    known: dict[str, type[Posterior]] = {kind.__name__: kind for kind in (Posterior, LaplacePosterior)}
+    if name not in known:
+        raise ValueError(f"Unknown kind of posterior {name!r}; expected one of {', '.join(known)}.")
+    return known[name]

