@@ -25,7 +25,7 @@ class Factor(nn.Module, ABC):
         family: the family that made it, set by `build_guide` and kept with saved posteriors.
     """
 
-    roles: Mapping[str, str] = {}
+    roles: ClassVar[Mapping[str, str]] = {}
     family: "Family"
 
     @abstractmethod
@@ -126,7 +126,7 @@ class Guide(PyroModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every site; takes whatever the model takes and ignores it."""
-        factors = self.factors
+        factors: Any = self.factors
         return {
             name: pyro.sample(name, factor.distribution())
             for name, factor in zip(self.site_names, factors, strict=True)
@@ -157,7 +157,7 @@ class Guide(PyroModule):
         Shape:
             site name -> ``(draws, *site.shape)``
         """
-        with seeded_by(generator, self._devices()):
+        with SeededBy(generator, self._devices()):
             return {name: factor.distribution().sample((draws,)) for name, factor in self.items()}
 
     @torch.no_grad()
@@ -190,7 +190,7 @@ class Guide(PyroModule):
         return sorted({p.device for p in self.parameters() if p.device.type == "cuda"}, key=str)
 
 
-class seeded_by:
+class SeededBy:
     """Draw from torch's global state as if it were the given generator, and leave both as a user expects.
 
     ``torch.distributions`` takes no generator: one number drawn from the generator seeds a forked global state.

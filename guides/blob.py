@@ -1,6 +1,7 @@
 """Bayesian low-rank adaptation by backpropagation: a Normal on A, a point on B."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pyro.distributions as dist
 from pyro.distributions import TorchDistribution
@@ -58,7 +59,7 @@ class BLoB(Family):
 class SquaredScaleFactor(Factor):
     """Normal(loc, root_scale^2) for each weight; ``root_scale`` is the paper's G, ``loc`` its M."""
 
-    roles = {"loc": "loc", "root_scale": "scale"}
+    roles: ClassVar = {"loc": "loc", "root_scale": "scale"}
 
     def __init__(self, start: Tensor, scale: Tensor) -> None:
         super().__init__()

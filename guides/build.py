@@ -1,6 +1,7 @@
 """From a specification and a model to a guide with parameters."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -34,9 +35,10 @@ def build_guide(
     values = {**model.initial(generator), **(start or {})}
     with poutine.trace() as traced, poutine.condition(data=values), torch.no_grad():
         model.sample_sites()
+    nodes: Any = traced.trace.nodes
     factors = {}
     for name, family in families.items():
-        node = traced.trace.nodes[name]
+        node = nodes[name]
         factors[name] = family.factor(model.sites[name], node["value"].detach(), node["fn"])
         factors[name].family = family
     return Guide(factors)

@@ -1,6 +1,7 @@
 """One dense Normal over all weights of a small site, such as a last layer."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -55,7 +56,7 @@ class FullCovariance(Family):
 class FullCovarianceFactor(Factor):
     """Mean, and the lower Cholesky factor of the covariance with its diagonal in logarithm."""
 
-    roles = {"loc": "loc", "log_diag": "scale", "lower": "scale"}
+    roles: ClassVar = {"loc": "loc", "log_diag": "scale", "lower": "scale"}
 
     def __init__(self, start: Tensor, scale: Tensor) -> None:
         super().__init__()
@@ -78,7 +79,7 @@ class FullCovarianceFactor(Factor):
         """See `Factor.distribution`."""
         flat = dist.MultivariateNormal(self.loc.flatten(), scale_tril=self.scale_tril, validate_args=False)
         return dist.TransformedDistribution(
-            flat, [dist.transforms.ReshapeTransform((self.loc.numel(),), self.loc.shape)]
+            flat, [dist.transforms.ReshapeTransform(torch.Size((self.loc.numel(),)), self.loc.shape)]
         )
 
     def mean(self) -> Tensor:

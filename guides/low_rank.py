@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -71,7 +72,7 @@ class LowRankNormal(dist.TorchDistribution):
         shape is that of loc.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}
+    arg_constraints: ClassVar = {}
     support = constraints.real
     has_rsample = True
 
@@ -82,9 +83,7 @@ class LowRankNormal(dist.TorchDistribution):
     @property
     def flat(self) -> dist.LowRankMultivariateNormal:
         """The same distribution over flattened layers, with the layers as its batch shape."""
-        return dist.LowRankMultivariateNormal(
-            self.loc.flatten(1), self.cov_factor, self.cov_diag, validate_args=False
-        )
+        return dist.LowRankMultivariateNormal(self.loc.flatten(1), self.cov_factor, self.cov_diag, validate_args=False)
 
     @property
     def mean(self) -> Tensor:
@@ -96,7 +95,7 @@ class LowRankNormal(dist.TorchDistribution):
         """Marginal variance of each weight, of the event shape."""
         return (self.cov_diag + self.cov_factor.square().sum(-1)).reshape(self.loc.shape)
 
-    def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+    def rsample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = torch.Size()) -> Tensor:  # noqa: B008 - immutable
         """Reparameterised draws, ``(*sample_shape, *event_shape)``."""
         shape = torch.Size(sample_shape)
         common = torch.randn(*shape, *self.cov_factor.shape[::2], dtype=self.loc.dtype, device=self.loc.device)
@@ -112,7 +111,9 @@ class LowRankNormal(dist.TorchDistribution):
         """Entropy in nats, summed over layers."""
         return self.flat.entropy().sum()
 
-    def expand(self, batch_shape: torch.Size, _instance: "LowRankNormal | None" = None) -> "LowRankNormal":
+    def expand(
+        self, batch_shape: torch.Size | list[int] | tuple[int, ...], _instance: "LowRankNormal | None" = None
+    ) -> "LowRankNormal":
         """Only the empty batch shape; draws are asked for through the sample shape."""
         if torch.Size(batch_shape):
             raise NotImplementedError("LowRankNormal has no batch shape; ask for draws with sample((n,)).")
@@ -132,7 +133,7 @@ def _kl_to_factorised_normal(q: LowRankNormal, p: dist.Independent) -> Tensor:
 class LowRankFactor(Factor):
     """Mean, log diagonal scale and covariance factor of one site."""
 
-    roles = {"loc": "loc", "log_diag": "scale", "cov_factor": "scale"}
+    roles: ClassVar = {"loc": "loc", "log_diag": "scale", "cov_factor": "scale"}
 
     def __init__(self, start: Tensor, scale: Tensor, rank: int) -> None:
         super().__init__()
@@ -155,5 +156,3 @@ class LowRankFactor(Factor):
     def second_moment(self) -> Tensor:
         """See `Factor.second_moment`."""
         return self.loc.square() + self.distribution().variance
-
-

@@ -1,6 +1,7 @@
 """Independent Normal posteriors, one mean and one standard deviation for each weight."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -73,7 +74,7 @@ def starting_scale(init_scale: float | None, site: Site, start: Tensor, prior: T
 class NormalFactor(Factor):
     """Normal(loc, exp(log_scale)) for each weight."""
 
-    roles = {"loc": "loc", "log_scale": "scale"}
+    roles: ClassVar = {"loc": "loc", "log_scale": "scale"}
 
     def __init__(self, start: Tensor, scale: Tensor) -> None:
         super().__init__()
@@ -101,7 +102,7 @@ class NormalFactor(Factor):
 class TransformedNormalFactor(Factor):
     """A Normal pushed through the bijection of a constrained support, such as the positive numbers."""
 
-    roles = {"loc": "loc", "log_scale": "scale"}
+    roles: ClassVar = {"loc": "loc", "log_scale": "scale"}
 
     def __init__(self, site: Site, start: Tensor, scale: float) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
 """A point estimate as a posterior: all mass on one value."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pyro.distributions as dist
 from pyro.distributions import TorchDistribution
@@ -28,7 +29,7 @@ class Point(Family):
 class PointFactor(Factor):
     """A Delta whose unconstrained value is a parameter."""
 
-    roles = {"value": "point"}
+    roles: ClassVar = {"value": "point"}
 
     def __init__(self, site: Site, start: Tensor) -> None:
         super().__init__()

@@ -94,5 +94,3 @@ def _first_difference(stored: Any, wanted: Any, key: str = "") -> tuple[str, Any
                 return found
         return None
     return None if stored == wanted else (key, stored, wanted)
-
-

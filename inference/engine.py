@@ -1,6 +1,5 @@
 """What every inference engine promises, and how its settings are read."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -55,5 +54,3 @@ class StepStats:
 
 
 History = list[StepStats]
-
-

@@ -1,6 +1,6 @@
 """Noise scopes as an effect handler: one draw for a mini-batch, or an independent draw for every example."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -26,7 +26,7 @@ class Copies(TorchDistribution):
         event shape ``(count, *base.event_shape)``
     """
 
-    arg_constraints: dict[str, Any] = {}
+    arg_constraints: ClassVar = {}
 
     def __init__(self, base: TorchDistribution, count: int) -> None:
         self.base, self.count = base, count
@@ -42,7 +42,7 @@ class Copies(TorchDistribution):
         """Support of the copies."""
         return dist.constraints.independent(self.base.support, 1)
 
-    def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+    def rsample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = torch.Size()) -> Tensor:  # noqa: B008 - immutable
         """Independent copies, ``(*sample_shape, *batch_shape, count, *base.event_shape)``."""
         return self._copies_last(self.base.rsample(torch.Size((*sample_shape, self.count))), len(sample_shape))
 
@@ -51,7 +51,9 @@ class Copies(TorchDistribution):
         dim = value.dim() - len(self.event_shape)
         return self.base.log_prob(value.movedim(dim, 0)).mean(0)
 
-    def expand(self, batch_shape: torch.Size, _instance: "Copies | None" = None) -> "Copies":
+    def expand(
+        self, batch_shape: torch.Size | list[int] | tuple[int, ...], _instance: "Copies | None" = None
+    ) -> "Copies":
         """The same copies of an expanded base."""
         return Copies(self.base.expand(batch_shape), self.count)
 

@@ -71,9 +71,14 @@ class SVI:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
         for name in ("learning_rate", "scale_learning_rate"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}. Try {1e-3 if name[0] == 'l' else 2e-2}.")
-        if self.kl_weight < 0:
-            raise ValueError(f"kl_weight must not be negative; got {self.kl_weight}. 1 is the true ELBO.")
+                raise ValueError(
+                    f"{name} must be positive; got {getattr(self, name)}. Try {1e-3 if name[0] == 'l' else 2e-2}."
+                )
+        if not self.kl_weight > 0:
+            raise ValueError(
+                f"kl_weight must be positive; got {self.kl_weight}. 1 is the true ELBO; for no prior at all use MAP "
+                "under Flat()."
+            )
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is a fraction of the steps in [0, 1); got {self.warmup}. Try 0.06.")
         if self.noise not in SCOPES:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
-from pyro.infer import TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyrolora.guides import build_guide
 from pyrolora.inference import checkpoint
+from pyrolora.inference.elbo import AnalyticELBO
 from pyrolora.inference.engine import History, StepStats
 from pyrolora.inference.noise import NoiseMessenger, TemperMessenger
 from pyrolora.inference.posterior import Posterior
@@ -27,19 +27,6 @@ if TYPE_CHECKING:
     from pyrolora.inference.svi import SVI
 
 logger = logging.getLogger(__name__)
-
-
-class LabelRecorder(Messenger):
-    """Keeps the mean negative log-likelihood of the observed labels of every run of the model inside it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.values: list[float] = []
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["name"] == "label":
-            with torch.no_grad():
-                self.values.append(-float(msg["fn"].log_prob(msg["value"]).mean()))
 
 
 class TrainingRun:
@@ -70,12 +57,12 @@ class TrainingRun:
         self.guide = build_guide(engine.guide, model, start=start, generator=source)
         roles = self.guide.parameters_by_role()
         rates = {"loc": engine.learning_rate, "point": engine.learning_rate, "scale": engine.scale_learning_rate}
-        self.groups = [{"params": roles[role], "lr": rates[role]} for role in roles if roles[role]]
-        self.parameters = [parameter for group in self.groups for parameter in group["params"]]
-        self.optimiser = torch.optim.Adam(self.groups, foreach=True)
+        groups: list[dict[str, Any]] = [{"params": roles[role], "lr": rates[role]} for role in roles if roles[role]]
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.optimiser = torch.optim.Adam(groups, foreach=True)
         self.peak_rates = [group["lr"] for group in self.optimiser.param_groups]
         self.noisy_sites = frozenset(name for name in self.guide.site_names if self._is_noisy(name))
-        self.elbo = TraceMeanField_ELBO(num_particles=engine.particles)
+        self.elbo = AnalyticELBO(num_particles=engine.particles)
         self.trunks = TrunkCache(model.backbone, model.first_block, len(self.data))
         self.step = 0
         self.history: History = []
@@ -133,16 +120,14 @@ class TrainingRun:
         for group, rate in zip(self.optimiser.param_groups, self.peak_rates, strict=True):
             group["lr"] = rate * factor
         self.optimiser.zero_grad(set_to_none=True)
-        recorder = LabelRecorder()
         scopes: list[Messenger] = [TemperMessenger(num_data, engine.kl_weight)]
         if engine.noise == "example" and self.noisy_sites:
             scopes.append(NoiseMessenger(self.noisy_sites, batch["input_ids"].shape[0]))
-        run_model, run_guide = recorder(self.model.__call__), self.guide.__call__
+        run_model, run_guide = self.model.__call__, self.guide.__call__
         for scope in scopes:
             run_model, run_guide = scope(run_model), scope(run_guide)
         with self._seeded_step(), pyro.validation_enabled(False):
             loss = self.elbo.loss_and_grads(run_model, run_guide, batch, num_data)
-        nll = sum(recorder.values) / len(recorder.values)
         grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = float(nn.utils.get_total_norm(grads))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -153,7 +138,9 @@ class TrainingRun:
         self.step += 1
         if self.model.prior.scales:
             self.model.prior.update_scales(self.guide.second_moments(), self.step / engine.steps)
-        kl = (loss - nll) / engine.kl_weight if engine.kl_weight > 0 else math.nan
+        # of the last particle, as the gradient's estimate of the likelihood is
+        nll = self.elbo.terms["label"]
+        kl = sum(value for name, value in self.elbo.terms.items() if name != "label") / engine.kl_weight
         stats = StepStats(self.step, loss, nll, kl, norm)
         self.history.append(stats)
         return stats
@@ -178,7 +165,10 @@ class TrainingRun:
         guilty = [
             name
             for name, factor in self.guide.items()
-            if any(not p.isfinite().all() or (p.grad is not None and not p.grad.isfinite().all()) for p in factor.parameters())
+            if any(
+                not p.isfinite().all() or (p.grad is not None and not p.grad.isfinite().all())
+                for p in factor.parameters()
+            )
         ]
         where = f"the site {guilty[0]!r}" if guilty else "the likelihood (no site holds a non-finite value)"
         kept = "" if self.engine.checkpoint is None else f" The last good state is in {self.engine.checkpoint}."

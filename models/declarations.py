@@ -9,13 +9,20 @@ import pyro.distributions as dist
 from pyrolora.models.naming import nearest
 from pyrolora.models.priors import Declaration, Flat, learned
 
+
+def _in_floats(family: Any) -> Callable[..., Declaration]:
+    """The family with its arguments as floats, so that ``Normal(0, 1)`` in a file is not a Normal over integers."""
+
+    def make(*args: float, **kwargs: float) -> Declaration:
+        return family(*map(float, args), **{key: float(value) for key, value in kwargs.items()})
+
+    return make
+
+
 PRIORS: dict[str, Callable[..., Declaration]] = {
     "Flat": Flat,
     "learned": learned,
-    "Normal": lambda *a, **k: dist.Normal(*map(float, a), **{key: float(v) for key, v in k.items()}),
-    "Laplace": lambda *a, **k: dist.Laplace(*map(float, a), **{key: float(v) for key, v in k.items()}),
-    "StudentT": lambda *a, **k: dist.StudentT(*map(float, a), **{key: float(v) for key, v in k.items()}),
-    "Cauchy": lambda *a, **k: dist.Cauchy(*map(float, a), **{key: float(v) for key, v in k.items()}),
+    **{family.__name__: _in_floats(family) for family in (dist.Normal, dist.Laplace, dist.StudentT, dist.Cauchy)},
 }
 
 

@@ -40,7 +40,7 @@ class Learned:
 
 
 def learned(scale: float, *, strength: float = 1.0, after: float = 0.5) -> Learned:
-    """A Normal(0, s) prior with s learned in closed form per site: ``prior={"*": learned(0.05)}``.
+    """Declare a zero-mean Normal prior whose scale is learned in closed form per site: ``prior=learned(0.05)``.
 
     The update maximises the ELBO in s under a scaled inverse chi-squared hyper-prior on s^2 whose weight is ``strength``
     times the n weights of the site and whose mode-like centre is ``scale^2``::
@@ -119,7 +119,8 @@ class Prior:
         declaration = self.declared[site.name]
         if isinstance(declaration, Learned):
             return fit_to_site(dist.Normal(torch.zeros_like(self.scales[site.name]), self.scales[site.name]), site)
-        produced = declaration(site)  # type: ignore[operator]
+        make: Any = declaration
+        produced = make(site)
         if isinstance(produced, Flat):
             return _flat(site)
         if not isinstance(produced, TorchDistributionMixin):

@@ -87,7 +87,8 @@ class BayesianModel:
         with poutine.trace() as traced, poutine.condition(data=start), torch.no_grad():
             self.sample_sites()
         table = []
-        for name, node in traced.trace.nodes.items():
+        nodes: Any = traced.trace.nodes
+        for name, node in nodes.items():
             if node["type"] != "sample":
                 continue
             if name in self.adapter_sites:

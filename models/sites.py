@@ -121,7 +121,8 @@ class SiteTable(Mapping[str, Site]):
         if missing:
             near = nearest(missing[0], patterns)
             raise ValueError(
-                f"No {what} for the site {missing[0]!r}" + (f" (nearest pattern: {near!r})" if near else "")
+                f"No {what} for the site {missing[0]!r}"
+                + (f" (nearest pattern: {near!r})" if near else "")
                 + f". Add a pattern that matches it; sites without one: {', '.join(missing)}."
             )
         return {name: assigned[name][1] for name in self}

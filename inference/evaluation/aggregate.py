@@ -103,9 +103,7 @@ def mean_over_seeds(intervals: Iterable[Interval], level: float = 0.95) -> Inter
     """
     seeds = list(intervals)
     if not seeds:
-        raise ValueError(
-            "intervals: got none, expected the metric of at least one seed. Evaluate a posterior first."
-        )
+        raise ValueError("intervals: got none, expected the metric of at least one seed. Evaluate a posterior first.")
     if len(seeds) == 1:
         return seeds[0]
     for interval in seeds:
@@ -123,12 +121,8 @@ def _summarise_method(method: str, rows: tuple[Row, ...], level: float) -> Summa
     return Summary(
         method=method,
         rows=rows,
-        metrics={
-            name: mean_over_seeds((row.metrics[name] for row in rows), level) for name in rows[0].metrics
-        },
-        calibration={
-            name: _mean_table([row.calibration[name] for row in rows]) for name in rows[0].calibration
-        },
+        metrics={name: mean_over_seeds((row.metrics[name] for row in rows), level) for name in rows[0].metrics},
+        calibration={name: _mean_table([row.calibration[name] for row in rows]) for name in rows[0].calibration},
         predict_seconds=sum(row.predict_seconds for row in rows) / len(rows),
         fit_seconds=sum(cost.seconds for cost in costs) / len(rows) if measured else None,
         peak_memory_bytes=max(cost.peak_memory_bytes for cost in costs) if measured else None,

@@ -56,16 +56,12 @@ class Interval:
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers for JSON, with None for NaN."""
         numbers = {"value": self.value, "low": self.low, "high": self.high}
-        return {key: None if math.isnan(number) else number for key, number in numbers.items()} | {
-            "note": self.note
-        }
+        return {key: None if math.isnan(number) else number for key, number in numbers.items()} | {"note": self.note}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "Interval":
         """Read what `to_dict` returned."""
-        value, low, high = (
-            math.nan if saved[key] is None else saved[key] for key in ("value", "low", "high")
-        )
+        value, low, high = (math.nan if saved[key] is None else saved[key] for key in ("value", "low", "high"))
         return cls(value, low, high, saved["note"])
 
 
@@ -104,14 +100,11 @@ def bootstrap_metrics(
     probs, labels = check_predictions(probs, labels)
     chosen = list(metrics)
     values: dict[str, list[Tensor]] = {metric.name: [] for metric in chosen}
-    for counts in resample_counts(
-        len(labels), resamples, level=level, generator=torch.Generator().manual_seed(seed)
-    ):
+    for counts in resample_counts(len(labels), resamples, level=level, generator=torch.Generator().manual_seed(seed)):
         for metric in chosen:
             values[metric.name].append(metric.resampled(probs, labels, counts))
     return {
-        metric.name: _percentile(float(metric.function(probs, labels)), values[metric.name], level)
-        for metric in chosen
+        metric.name: _percentile(float(metric.function(probs, labels)), values[metric.name], level) for metric in chosen
     }
 
 
@@ -145,9 +138,7 @@ def bootstrap_auroc(
     generator = torch.Generator().manual_seed(seed)
     values = []
     for counts in resample_counts((familiar, foreign), resamples, level=level, generator=generator):
-        values.append(
-            resampled_auroc(in_distribution, out_of_distribution, counts[:, :familiar], counts[:, familiar:])
-        )
+        values.append(resampled_auroc(in_distribution, out_of_distribution, counts[:, :familiar], counts[:, familiar:]))
     return _percentile(value, values, level)
 
 
@@ -218,9 +209,7 @@ def resample_counts(
         ValueError: a level outside (0, 1), or too few resamples for it.
     """
     if not 0 < level < 1:
-        raise ValueError(
-            f"level: got {level!r}, expected a probability strictly between 0 and 1, such as 0.95."
-        )
+        raise ValueError(f"level: got {level!r}, expected a probability strictly between 0 and 1, such as 0.95.")
     fewest = math.ceil(round(2 / (1 - level), 6))
     if resamples < fewest:
         raise ValueError(

@@ -63,9 +63,7 @@ class CalibrationTable:
             values = [float("nan") if value is None else value for value in saved[name]]
             return torch.tensor(values, dtype=torch.float64)
 
-        return cls(
-            column("edges"), column("confidence"), column("accuracy"), column("count"), saved["strategy"]
-        )
+        return cls(column("edges"), column("confidence"), column("accuracy"), column("count"), saved["strategy"])
 
 
 def ece_equal_width(probs: Tensor, labels: Tensor, n_bins: int = 15) -> Tensor:
@@ -92,9 +90,7 @@ def ece_equal_width(probs: Tensor, labels: Tensor, n_bins: int = 15) -> Tensor:
     """
     probs, labels = check_predictions(probs, labels)
     _check_bins(n_bins)
-    return multiclass_calibration_error(
-        probs, labels, num_classes=probs.shape[1], n_bins=n_bins, norm="l1"
-    ).double()
+    return multiclass_calibration_error(probs, labels, num_classes=probs.shape[1], n_bins=n_bins, norm="l1").double()
 
 
 def ece_equal_mass(probs: Tensor, labels: Tensor, n_bins: int = 15) -> Tensor:
@@ -171,9 +167,7 @@ def resampled_ece_equal_mass(probs: Tensor, labels: Tensor, counts: Tensor, n_bi
     return summed.abs().sum(1) / counts.sum(1)
 
 
-def calibration_curve(
-    probs: Tensor, labels: Tensor, n_bins: int = 15, strategy: str = "width"
-) -> CalibrationTable:
+def calibration_curve(probs: Tensor, labels: Tensor, n_bins: int = 15, strategy: str = "width") -> CalibrationTable:
     """Tabulate mean confidence and accuracy of the top label per bin.
 
     ``table = calibration_curve(predictive.mean_probs, predictive.labels, n_bins=10, strategy="mass")``

@@ -63,9 +63,7 @@ def measure_cost(device: torch.device | str | None = None) -> Iterator[Cost]:
     """
     where = torch.device("cpu" if device is None else device)
     if where.type not in ("cpu", "cuda"):
-        raise ValueError(
-            f"device: got {str(where)!r}, expected 'cpu' or 'cuda'. Measure on the CPU with device=None."
-        )
+        raise ValueError(f"device: got {str(where)!r}, expected 'cpu' or 'cuda'. Measure on the CPU with device=None.")
     cost = Cost()
     if where.type == "cuda":
         torch.cuda.synchronize(where)

@@ -231,9 +231,7 @@ class Cell:
         """The finished report, if there is one."""
         return Report.load(self.folder) if (self.folder / "report.json").is_file() else None
 
-    def posterior(
-        self, backbone: Backbone, data: Task, fitted: dict[str, Posterior], progress: bool
-    ) -> Posterior:
+    def posterior(self, backbone: Backbone, data: Task, fitted: dict[str, Posterior], progress: bool) -> Posterior:
         """The fitted posterior, read from the folder if it was kept, else fitted and kept.
 
         Args:

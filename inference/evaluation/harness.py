@@ -100,9 +100,7 @@ def evaluate(
             other classes.
     """
     if not posteriors:
-        raise ValueError(
-            "posteriors: got an empty mapping, expected {name: posterior}. Fit at least one first."
-        )
+        raise ValueError("posteriors: got an empty mapping, expected {name: posterior}. Fit at least one first.")
     if draws < 1:
         raise ValueError(f"draws: got {draws}, expected at least 1; 10 is usual.")
     ood, costs = ood or {}, costs or {}
@@ -127,9 +125,7 @@ def evaluate(
         seconds = time.perf_counter() - start
         probs, labels = _check_familiar(name, familiar, truth)
         truth = labels
-        foreign = {
-            other: _check_foreign(name, other, predict(examples), probs) for other, examples in ood.items()
-        }
+        foreign = {other: _check_foreign(name, other, predict(examples), probs) for other, examples in ood.items()}
         mean = probs.double().mean(0).to(probs.dtype)
         metrics = bootstrap_metrics(
             classification_metrics(n_bins).values(), mean, labels, resamples=resamples, level=LEVEL, seed=seed
@@ -144,9 +140,7 @@ def evaluate(
                 draws=len(probs),
                 examples=len(labels),
                 metrics=metrics,
-                calibration={
-                    strategy: calibration_curve(mean, labels, n_bins, strategy) for strategy in STRATEGIES
-                },
+                calibration={strategy: calibration_curve(mean, labels, n_bins, strategy) for strategy in STRATEGIES},
                 predict_seconds=seconds,
                 ood_examples={other: draws_of_other.shape[1] for other, draws_of_other in foreign.items()},
                 cost=costs.get(name),
@@ -169,9 +163,7 @@ def _columns(n_bins: int, ood: Mapping[str, Any]) -> tuple[Column, ...]:
     return tuple(columns)
 
 
-def _ood_metrics(
-    other: str, familiar: Tensor, foreign: Tensor, resamples: int, seed: int
-) -> dict[str, Interval]:
+def _ood_metrics(other: str, familiar: Tensor, foreign: Tensor, resamples: int, seed: int) -> dict[str, Interval]:
     metrics = {}
     for score in OOD_SCORES.values():
         reason = score.undefined_reason(familiar, foreign)

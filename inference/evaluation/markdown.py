@@ -75,9 +75,7 @@ def _metric_cells(column: Column, summaries: Sequence[Summary]) -> list[str]:
 
 def _with_ends(text: str, interval: Interval, column: Column) -> str:
     digits = column.interval_digits
-    return (
-        f"{text} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]" if interval.defined else "undefined"
-    )
+    return f"{text} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]" if interval.defined else "undefined"
 
 
 def _cost_cells(summaries: Sequence[Summary]) -> list[list[str]]:
@@ -94,9 +92,7 @@ def _cost_cells(summaries: Sequence[Summary]) -> list[list[str]]:
     ]
 
 
-def _with_best_bold(
-    values: Sequence[float | None], higher_is_better: bool, text: Callable[[float], str]
-) -> list[str]:
+def _with_best_bold(values: Sequence[float | None], higher_is_better: bool, text: Callable[[float], str]) -> list[str]:
     known = [value for value in values if value is not None]
     # with a single method nothing is best
     best = text(max(known) if higher_is_better else min(known)) if len(known) > 1 else None
@@ -132,9 +128,7 @@ def _caption(summaries: Sequence[Summary], n_bins: int, resamples: int, level: f
         "Bold: best of the column."
     )
     if any(not summary.across_seeds for summary in summaries):
-        caption += (
-            " Resampling biases a calibration error upwards: its interval sits high and may miss the value."
-        )
+        caption += " Resampling biases a calibration error upwards: its interval sits high and may miss the value."
     return textwrap.fill(caption, CAPTION_WIDTH, break_on_hyphens=False)
 
 
@@ -144,9 +138,7 @@ def _draws(summaries: Sequence[Summary]) -> str:
 
     methods: dict[str, list[str]] = {}
     for summary in summaries:
-        methods.setdefault(" or ".join(dict.fromkeys(map(described, summary.rows))), []).append(
-            summary.method
-        )
+        methods.setdefault(" or ".join(dict.fromkeys(map(described, summary.rows))), []).append(summary.method)
     if len(methods) == 1:
         return next(iter(methods))
     return ", ".join(f"{how} for {', '.join(names)}" for how, names in methods.items())

@@ -118,9 +118,7 @@ def classification_metrics(n_bins: int = 15) -> dict[str, Metric]:
     """
     metrics = [
         Metric("accuracy", "Accuracy", True, accuracy, partial(_resampled_mean, _correct_of_examples)),
-        Metric(
-            "nll", "NLL (nats)", False, negative_log_likelihood, partial(_resampled_mean, _nll_of_examples)
-        ),
+        Metric("nll", "NLL (nats)", False, negative_log_likelihood, partial(_resampled_mean, _nll_of_examples)),
         Metric("brier", "Brier (0..2)", False, brier_score, partial(_resampled_mean, _brier_of_examples)),
         Metric(
             "ece",

@@ -217,8 +217,7 @@ def _rank_groups(in_distribution: Tensor, out_of_distribution: Tensor) -> tuple[
     for name, scores in (("in_distribution", in_distribution), ("out_of_distribution", out_of_distribution)):
         if scores.ndim != 1 or len(scores) == 0:
             raise ValueError(
-                f"{name}: got scores of shape {tuple(scores.shape)}, expected (examples,) with at least one "
-                "example."
+                f"{name}: got scores of shape {tuple(scores.shape)}, expected (examples,) with at least one example."
             )
         if not scores.isfinite().all():
             row = int((~scores.isfinite()).nonzero()[0])

@@ -65,9 +65,7 @@ def reliability_diagram(
         raise ValueError(f"strategy: got {strategy!r}, expected one of {', '.join(map(repr, STRATEGIES))}.")
     panels = _panels(source, strategy)
     if not panels:
-        raise ValueError(
-            "source: got no methods, expected at least one calibration table. Evaluate a posterior first."
-        )
+        raise ValueError("source: got no methods, expected at least one calibration table. Evaluate a posterior first.")
     # four stand better in a square than as three and one
     across = 2 if len(panels) == 4 else min(len(panels), PANELS_PER_LINE)
     down = -(-len(panels) // across)
@@ -85,9 +83,7 @@ def reliability_diagram(
     figure.legend(
         handles=[
             Line2D([], [], color=LABEL_COLOUR, linestyle="--", linewidth=1, label="calibrated"),
-            Line2D(
-                [], [], color=ACCURACY_COLOUR, marker="o", markersize=4, label=f"accuracy, {level:.0%} Wilson"
-            ),
+            Line2D([], [], color=ACCURACY_COLOUR, marker="o", markersize=4, label=f"accuracy, {level:.0%} Wilson"),
             Patch(color=GAP_COLOUR, alpha=0.45, label="gap (pale: few items)"),
         ],
         loc="outside lower center",

@@ -183,9 +183,7 @@ class Report:
                 f"{path}: not a complete JSON file ({error}). Evaluate again, or restore the file."
             ) from error
         if not isinstance(saved, dict):
-            raise ValueError(
-                f"{path}: got a JSON {type(saved).__name__}, expected the object that Report.save writes."
-            )
+            raise ValueError(f"{path}: got a JSON {type(saved).__name__}, expected the object that Report.save writes.")
         return cls.from_dict(saved)
 
 
@@ -206,8 +204,7 @@ def _row_to_dict(row: Row) -> dict[str, Any]:
 
 def _row_from_dict(saved: Mapping[str, Any]) -> Row:
     plain = {
-        name: saved[name]
-        for name in ("method", "seed", "kind", "draws", "examples", "predict_seconds", "ood_examples")
+        name: saved[name] for name in ("method", "seed", "kind", "draws", "examples", "predict_seconds", "ood_examples")
     }
     return Row(
         **plain,

@@ -90,8 +90,7 @@ def check_predictions(probs: Tensor, labels: Tensor, *, source: str = "probs") -
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
         came = f"a tensor of {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(
-            f"{source}: got labels as {came}, expected a tensor of class indices. Use "
-            "torch.as_tensor(labels).long()."
+            f"{source}: got labels as {came}, expected a tensor of class indices. Use torch.as_tensor(labels).long()."
         )
     if labels.shape != probs.shape[:1]:
         raise ValueError(

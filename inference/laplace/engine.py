@@ -164,7 +164,9 @@ class Laplace:
                 if self.structure == "last_layer"
                 else f" Did you mean {nearest(pattern, model.adapter_sites)!r}?"
             )
-            raise ValueError(f"Laplace found no site matching {pattern!r} among {', '.join(model.adapter_sites)}.{remedy}")
+            raise ValueError(
+                f"Laplace found no site matching {pattern!r} among {', '.join(model.adapter_sites)}.{remedy}"
+            )
         return names
 
     def _best_scale(
@@ -271,10 +273,8 @@ def logit_covariance(jacobian: Mapping[str, Tensor], scale_of: Any) -> Tensor:
     total: Tensor | None = None
     for name, value in jacobian.items():
         scale = scale_of(name)
-        if scale.shape == value.shape[2:]:
-            scaled = (value * scale).flatten(2)
-        else:
-            scaled = value.flatten(2) @ scale
+        factorised = scale.shape == value.shape[2:]
+        scaled = (value * scale).flatten(2) if factorised else value.flatten(2) @ scale
         rows_first = scaled.transpose(0, 1)
         product = rows_first @ rows_first.mT
         total = product if total is None else total + product

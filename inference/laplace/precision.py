@@ -41,8 +41,8 @@ def declared_prior(model: BayesianModel, names: Sequence[str]) -> dict[str, Norm
                 f"{model.prior.to_dict()[name]['prior']}. Declare dist.Normal(0., 0.2) there, leave the site out with "
                 "sites=, or use SVI, which takes any prior."
             )
-        like = {"device": model.backbone.device, "dtype": model.backbone.site_dtype}
-        found[name] = NormalPrior(base.loc.to(**like), base.scale.to(**like).square().reciprocal())
+        loc, scale = (value.to(model.backbone.device, model.backbone.site_dtype) for value in (base.loc, base.scale))
+        found[name] = NormalPrior(loc, scale.square().reciprocal())
     return found
 
 

@@ -118,5 +118,3 @@ def grouped_linear(rows: Tensor, weight: Tensor) -> Tensor:
         raise ValueError(f"{rows.shape[0]} rows do not divide into {groups} draws; give each draw equally many rows.")
     flat = rows.reshape(groups, -1, rows.shape[-1])
     return torch.bmm(flat, weight.mT).reshape(*rows.shape[:-1], weight.shape[-2])
-
-

@@ -99,9 +99,7 @@ class LoRA(Adapter):
                 down = draw[site.name].unbind(-3)
                 # the scale enters the small factor once, not the activations of every layer
                 up = (draw[site.name.removesuffix("lora_A") + "lora_B"] * (self.alpha / self.rank)).unbind(-3)
-                changes.update(
-                    {path: _LowRankDelta(a, b) for path, a, b in zip(site.modules, down, up, strict=True)}
-                )
+                changes.update({path: _LowRankDelta(a, b) for path, a, b in zip(site.modules, down, up, strict=True)})
         return changes
 
 

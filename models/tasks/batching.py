@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from pyrolora.models.tasks.formats import Format
 from pyrolora.models.tasks.prompts import EncodedRow
 from pyrolora.models.tasks.task import Split, Task
-from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHUNK_BATCHES = (
-    8  # shuffled examples are sorted by length within this many batches: little padding, still random
-)
+CHUNK_BATCHES = 8  # shuffled examples are sorted by length within this many batches: little padding, still random
 
 
 def encode(
@@ -47,18 +46,14 @@ def encode(
             `max_length`.
     """
     if isinstance(split, Task):
-        raise TypeError(
-            f"encode got the task {split.name!r}, expected one of its splits, such as task.train."
-        )
+        raise TypeError(f"encode got the task {split.name!r}, expected one of its splits, such as task.train.")
     if padding not in ("left", "right"):
         raise ValueError(f"padding={padding!r}, expected 'left' or 'right'.")
     if max_length < 1:
         raise ValueError(f"max_length={max_length}, expected the number of tokens, 1 or more.")
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if pad_id is None:
-        raise ValueError(
-            "The tokenizer has neither a padding nor an end-of-sequence token; set tokenizer.pad_token."
-        )
+        raise ValueError("The tokenizer has neither a padding nor an end-of-sequence token; set tokenizer.pad_token.")
     label_ids = format.label_ids(tokenizer)
     rows = format.encode(tokenizer, split.examples, max_length)
     options = max((len(row.option_lengths) for row in rows), default=0)
@@ -130,8 +125,7 @@ class EncodedSplit:
         found = sorted(set(self.labels.tolist()))
         if found[0] < 0 or found[-1] >= self.classes:
             raise ValueError(
-                f"{self.name} has the labels {found}, expected 0 to {self.classes - 1}; use the task's own "
-                "format."
+                f"{self.name} has the labels {found}, expected 0 to {self.classes - 1}; use the task's own format."
             )
         if self.kind == "label" and len(found) == 1:
             raise ValueError(
@@ -169,12 +163,8 @@ class EncodedSplit:
             ValueError: a size below 1, or a generator without `shuffle`.
         """
         if generator is not None and not shuffle:
-            raise ValueError(
-                "A generator was given, but shuffle is False; pass shuffle=True or no generator."
-            )
-        return (
-            self.batch(positions, device) for positions in self._order(size, shuffle, generator, drop_last)
-        )
+            raise ValueError("A generator was given, but shuffle is False; pass shuffle=True or no generator.")
+        return (self.batch(positions, device) for positions in self._order(size, shuffle, generator, drop_last))
 
     def steps_per_epoch(self, size: int, *, drop_last: bool = False) -> int:
         """Return the number of batches of one epoch."""
@@ -228,9 +218,7 @@ class EncodedSplit:
                 yield self.batch(positions, device)
             epoch, skipped = epoch + 1, 0
 
-    def _order(
-        self, size: int, shuffle: bool, generator: torch.Generator | None, drop_last: bool
-    ) -> list[list[int]]:
+    def _order(self, size: int, shuffle: bool, generator: torch.Generator | None, drop_last: bool) -> list[list[int]]:
         """Return the positions of each batch."""
         _check_size(size)
         count = len(self)
@@ -240,9 +228,7 @@ class EncodedSplit:
         chunk = size * CHUNK_BATCHES if shuffle else max(len(positions), 1)
         ordered: list[int] = []
         for begin in range(0, len(positions), chunk):
-            ordered.extend(
-                sorted(positions[begin : begin + chunk], key=lambda position: len(self.rows[position]))
-            )
+            ordered.extend(sorted(positions[begin : begin + chunk], key=lambda position: len(self.rows[position])))
         batches = [ordered[begin : begin + size] for begin in range(0, len(ordered), size)]
         if shuffle:
             batches = [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]

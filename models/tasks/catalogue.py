@@ -231,9 +231,7 @@ SHIPPED: tuple[TaskSpec, ...] = (
         fields=("passage", "question"),
         labels=("no", "yes"),
         # the passage comes first: a long prompt loses its beginning, never the question
-        format=Verbaliser(
-            "Passage: {passage}\nQuestion: {question}?\nAnswer (yes or no):", labels=(" no", " yes")
-        ),
+        format=Verbaliser("Passage: {passage}\nQuestion: {question}?\nAnswer (yes or no):", labels=(" no", " yes")),
         reader=text_reader(("no", "yes"), label="answer", passage="passage", question="question"),
         sources=(Hub("google/boolq"),),
         files=Files(folder="boolq"),

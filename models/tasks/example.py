@@ -71,6 +71,5 @@ class Row:
     def error(self, problem: str) -> ValueError:
         """Return (not raise) an error that names the row, the problem and the columns at hand."""
         return ValueError(
-            f"Row {self.number} of {self.origin} {problem}; the row's columns are "
-            f"{sorted(map(str, self.values))}."
+            f"Row {self.number} of {self.origin} {problem}; the row's columns are {sorted(map(str, self.values))}."
         )

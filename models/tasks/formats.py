@@ -122,8 +122,7 @@ class Letter:
         object.__setattr__(self, "letters", tuple(self.letters))
         if "options" not in template_fields(self.template):
             raise ValueError(
-                f"The template {self.template!r} shows no options; put {{options}} where they are to be "
-                "listed."
+                f"The template {self.template!r} shows no options; put {{options}} where they are to be listed."
             )
 
     @property
@@ -149,9 +148,7 @@ class Letter:
                 f"{', '.join(self.letters)}. Give Letter(letters=...) more of them, or use a Verbaliser for "
                 "plain texts."
             )
-        listed = "\n".join(
-            f"{letter}) {option}" for letter, option in zip(self.letters, example.options, strict=False)
-        )
+        listed = "\n".join(f"{letter}) {option}" for letter, option in zip(self.letters, example.options, strict=False))
         return fill(self.template, example, {"options": listed})
 
     def label_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -116,9 +116,7 @@ class OptionScoring:
         )
         scored_ids = continuation_ids(tokenizer, before, after)
         options: list[list[tuple[list[int], list[int], str]]] = [[] for _ in examples]
-        for owner, given_tokens, scored_tokens, text in zip(
-            owners, given_ids, scored_ids, after, strict=True
-        ):
+        for owner, given_tokens, scored_tokens, text in zip(owners, given_ids, scored_ids, after, strict=True):
             if not scored_tokens:
                 raise ValueError(
                     f"Example {examples[owner].id!r} has an option with no text to score. Fill it in; with a "
@@ -128,9 +126,7 @@ class OptionScoring:
             options[owner].append((given_tokens, scored_tokens, text))
         rooms = []
         for example, choices in zip(examples, options, strict=True):
-            longest = max(
-                len(given_tokens) + len(scored_tokens) for given_tokens, scored_tokens, _ in choices
-            )
+            longest = max(len(given_tokens) + len(scored_tokens) for given_tokens, scored_tokens, _ in choices)
             if longest >= max_length:
                 raise ValueError(
                     f"Example {example.id!r} has an option of {longest} tokens, which leaves no room for the "
@@ -152,8 +148,7 @@ class OptionScoring:
         if self.blank is None:
             if not text.strip():
                 raise ValueError(
-                    f"Example {example.id!r} has an empty prompt; nothing would predict the options' first "
-                    "token."
+                    f"Example {example.id!r} has an empty prompt; nothing would predict the options' first token."
                 )
             return (
                 text,

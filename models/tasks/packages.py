@@ -18,9 +18,7 @@ def read_headlines(folder: Path) -> Parts:
         FileNotFoundError: no articles where version 1.0.0 has them.
     """
     # sorted, because a folder lists its files in whatever order the file system likes
-    paths = sorted(
-        (folder / "bbcnews" / "data").glob("*/*.txt"), key=lambda path: (path.parent.name, path.name)
-    )
+    paths = sorted((folder / "bbcnews" / "data").glob("*/*.txt"), key=lambda path: (path.parent.name, path.name))
     if not paths:
         raise FileNotFoundError("no bbcnews/data/<class>/<number>.txt")
     classes = {"sports": "sport"}

@@ -60,9 +60,7 @@ def template_fields(template: str) -> tuple[str, ...]:
         ) from error
     for name in names:
         if not name.isidentifier():
-            raise ValueError(
-                f"The template {template!r} has {{{name}}}, expected a field name such as {{text}}."
-            )
+            raise ValueError(f"The template {template!r} has {{{name}}}, expected a field name such as {{text}}.")
     return tuple(dict.fromkeys(names))
 
 
@@ -135,9 +133,7 @@ def continuation_ids(
     for prompt, whole, text in zip(before, joint, continuations, strict=True):
         survives = whole[: len(prompt)] == prompt and len(whole) > len(prompt)
         alone = not survives and text
-        found.append(
-            list(tokenizer(text, add_special_tokens=False).input_ids) if alone else whole[len(prompt) :]
-        )
+        found.append(list(tokenizer(text, add_special_tokens=False).input_ids) if alone else whole[len(prompt) :])
     return found
 
 
@@ -150,8 +146,7 @@ def spaced(prompt_end: str, word: str, separator: str) -> str:
     if prompt_end[-1:].isspace():
         if word[:1].isspace():
             raise ValueError(
-                f"The prompt ends in white space and {word!r} starts with it. Take it off the end of the "
-                "template."
+                f"The prompt ends in white space and {word!r} starts with it. Take it off the end of the template."
             )
         return word
     return word if word[:1].isspace() else separator + word
@@ -179,9 +174,7 @@ def first_tokens(
     for word, ids in zip(words, continuation_ids(tokenizer, [tail] * len(words), written), strict=True):
         pieces = [str(piece) for piece in tokenizer.convert_ids_to_tokens(ids)]
         if not ids or ids[0] == tokenizer.unk_token_id:
-            raise ValueError(
-                f"The label {word!r} is not in the tokenizer's vocabulary ({pieces}); use another word."
-            )
+            raise ValueError(f"The label {word!r} is not in the tokenizer's vocabulary ({pieces}); use another word.")
         if not str(tokenizer.decode(ids[:1])).strip():
             raise ValueError(
                 f"The tokenizer splits the label {word!r} into {pieces}, and the first token is white space, "
@@ -198,9 +191,7 @@ def first_tokens(
     return tuple(owner)
 
 
-def shorten(
-    tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], rooms: Sequence[int]
-) -> list[list[int]]:
+def shorten(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], rooms: Sequence[int]) -> list[list[int]]:
     """Return the prompts cut to the room each has, from the left, so that the question and its cue stay.
 
     Usage: ``shorten(tokenizer, ids, [300] * len(ids))``. A beginning-of-sequence token stays too. Logs how
@@ -214,7 +205,5 @@ def shorten(
         shortened.append(ids)
     cut = sum(len(short) < len(ids) for short, ids in zip(shortened, prompts, strict=True))
     if cut:
-        logger.warning(
-            "%d of %d prompts were longer than max_length and lost their beginning", cut, len(prompts)
-        )
+        logger.warning("%d of %d prompts were longer than max_length and lost their beginning", cut, len(prompts))
     return shortened

@@ -107,9 +107,7 @@ def blank_reader(row: Row) -> Example:
     if given not in ("1", "2"):
         raise row.error(f"has the answer {given!r}, expected '1' or '2'. Correct the answer")
     options = (str(row["option1"]), str(row["option2"]))
-    return Example(
-        {"sentence": str(row["sentence"])}, int(given) - 1, options=options, id=str(row.get("qID") or "")
-    )
+    return Example({"sentence": str(row["sentence"])}, int(given) - 1, options=options, id=str(row.get("qID") or ""))
 
 
 def headline_reader(names: Sequence[str]) -> Reader:

@@ -81,15 +81,12 @@ def task(name: str, data_dir: str | Path | None = None, train_size: int | None =
         FileNotFoundError: no data; says how to get them.
     """
     if name not in _SPECS:
-        raise ValueError(
-            f"There is no task {name!r}.{suggestion(name, _SPECS)} names() lists all {len(_SPECS)}."
-        )
+        raise ValueError(f"There is no task {name!r}.{suggestion(name, _SPECS)} names() lists all {len(_SPECS)}.")
     spec = _SPECS[name]
     rows = _read_rows(spec, None if data_dir is None else Path(data_dir))
     examples = {part: _read_examples(spec.reader, part, rows.get(part, [])) for part in spec.split.parts}
     splits = {
-        split: Split(split, name, chosen, len(spec.labels))
-        for split, chosen in spec.split.divide(examples).items()
+        split: Split(split, name, chosen, len(spec.labels)) for split, chosen in spec.split.divide(examples).items()
     }
     if train_size is not None:
         splits["train"] = splits["train"].subset(train_size, seed)

@@ -181,20 +181,14 @@ def read_file(path: Path, columns: tuple[str, ...] = ()) -> list[Row]:
     if path.suffix == ".json":
         records = json.loads(text)
         if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-            raise ValueError(
-                f"{path.name} should hold a list of objects, one a row; write it so, or as .jsonl."
-            )
+            raise ValueError(f"{path.name} should hold a list of objects, one a row; write it so, or as .jsonl.")
         return number_rows(records, path.name)
     if path.suffix == ".txt" and not columns:
-        raise ValueError(
-            f"{path.name} has no header and the task names no columns for it; use .jsonl or .csv."
-        )
+        raise ValueError(f"{path.name} has no header and the task names no columns for it; use .jsonl or .csv.")
     # a .txt sentence may begin with a quotation mark that never closes, so quoting is off there
     lines = io.StringIO(text, newline="")
     if path.suffix == ".txt":
-        return number_rows(
-            csv.DictReader(lines, fieldnames=columns, delimiter="\t", quoting=csv.QUOTE_NONE), path.name
-        )
+        return number_rows(csv.DictReader(lines, fieldnames=columns, delimiter="\t", quoting=csv.QUOTE_NONE), path.name)
     return number_rows(csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ","), path.name)
 
 

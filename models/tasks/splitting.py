@@ -92,9 +92,7 @@ def choose(examples: Sequence[Example], size: int, seed: int) -> tuple[Example, 
     """
     strata = _strata(examples)
     taken = quotas(size, {stratum: len(members) for stratum, members in strata.items()})
-    chosen = [
-        example for stratum, members in strata.items() for example in rank(members, seed)[: taken[stratum]]
-    ]
+    chosen = [example for stratum, members in strata.items() for example in rank(members, seed)[: taken[stratum]]]
     return tuple(rank(chosen, seed))
 
 
@@ -125,8 +123,7 @@ def hold_out(
     """
     if not 0 < size < len(examples):
         raise ValueError(
-            f"Cannot hold {size} examples out of {len(examples)} for {name}; hold out fewer or give more "
-            "rows."
+            f"Cannot hold {size} examples out of {len(examples)} for {name}; hold out fewer or give more rows."
         )
     groups: dict[str, list[Example]] = defaultdict(list)
     for example in examples:
@@ -159,9 +156,7 @@ def _without(examples: list[Example], later: list[Example], name: str) -> list[E
     seen = {example.content for example in later}
     kept = [example for example in examples if example.content not in seen]
     if len(kept) < len(examples):
-        logger.info(
-            "%d examples left out of %s: they also stand in a later split", len(examples) - len(kept), name
-        )
+        logger.info("%d examples left out of %s: they also stand in a later split", len(examples) - len(kept), name)
     return kept
 
 

@@ -161,7 +161,9 @@ def evaluate_command(
 @_command
 def predict_command(
     folder: Annotated[Path, typer.Argument(help="Folder of a posterior.")],
-    texts: Annotated[list[str] | None, typer.Argument(help="Texts to classify; read from standard input if none.")] = None,
+    texts: Annotated[
+        list[str] | None, typer.Argument(help="Texts to classify; read from standard input if none.")
+    ] = None,
     draws: Annotated[int, typer.Option("--draws", help="Weight draws.")] = 10,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the draws.")] = 0,
     data_dir: DataDir = None,

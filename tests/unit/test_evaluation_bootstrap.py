@@ -52,9 +52,7 @@ def test_resampled_auroc_equals_torchmetrics_of_each_resample():
     inside, outside = counts_of(70, seed=4), counts_of(40, seed=5)
     fast = resampled_auroc(familiar, foreign, inside, outside)
     for value, count_in, count_out in zip(fast, inside, outside, strict=True):
-        oracle = auroc(
-            familiar.repeat_interleave(count_in.long()), foreign.repeat_interleave(count_out.long())
-        )
+        oracle = auroc(familiar.repeat_interleave(count_in.long()), foreign.repeat_interleave(count_out.long()))
         assert float(value) == pytest.approx(float(oracle), abs=1e-6)
 
 
@@ -77,9 +75,7 @@ def test_interval_is_the_percentile_of_the_resamples_and_repeats_under_its_seed(
     generator = torch.Generator().manual_seed(7)
     counts = torch.cat(list(resample_counts(len(labels), 200, level=0.95, generator=generator)))
     nll = -probs.double()[torch.arange(len(labels)), labels].log()
-    low, high = (
-        (counts @ nll / len(labels)).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    )
+    low, high = (counts @ nll / len(labels)).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     assert (first["nll"].low, first["nll"].high) == pytest.approx((low, high), rel=1e-6)
     assert first["nll"].value == pytest.approx(float(nll.mean()), rel=1e-6)
 

@@ -39,10 +39,7 @@ def predictions(case, examples=203):
 
 def brute_force_equal_mass(probs, labels, n_bins):
     confidences = [max(row) for row in probs.double().tolist()]
-    correct = [
-        float(row.index(max(row)) == label)
-        for row, label in zip(probs.tolist(), labels.tolist(), strict=True)
-    ]
+    correct = [float(row.index(max(row)) == label) for row, label in zip(probs.tolist(), labels.tolist(), strict=True)]
     gaps = [0.0] * n_bins
     for confidence, right in zip(confidences, correct, strict=True):
         place = sum(other < confidence for other in confidences)
@@ -84,9 +81,7 @@ def test_equal_mass_ece_equals_brute_force(case, n_bins):
 def test_equal_mass_ece_does_not_depend_on_row_order():
     probs, labels = predictions("tied")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(5))
-    assert ece_equal_mass(probs, labels) == pytest.approx(
-        float(ece_equal_mass(probs[order], labels[order])), abs=1e-12
-    )
+    assert ece_equal_mass(probs, labels) == pytest.approx(float(ece_equal_mass(probs[order], labels[order])), abs=1e-12)
 
 
 @pytest.mark.parametrize("classes", [2, 4, 11])

@@ -18,11 +18,7 @@ from pyrolora.inference.evaluation import (
 
 
 def draws(count=7, examples=40, classes=4, seed=0):
-    return (
-        torch.randn(count, examples, classes, generator=torch.Generator().manual_seed(seed))
-        .mul(2)
-        .softmax(-1)
-    )
+    return torch.randn(count, examples, classes, generator=torch.Generator().manual_seed(seed)).mul(2).softmax(-1)
 
 
 def test_decomposition_adds_up_and_equals_entropies():
@@ -31,9 +27,7 @@ def test_decomposition_adds_up_and_equals_entropies():
     torch.testing.assert_close(split.total, split.aleatoric + split.epistemic, atol=1e-6, rtol=0)
     mean = probs.double().mean(0)
     mean /= mean.sum(-1, keepdim=True)
-    torch.testing.assert_close(
-        split.total, torch.from_numpy(stats.entropy(mean.numpy(), axis=-1)), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(split.total, torch.from_numpy(stats.entropy(mean.numpy(), axis=-1)), atol=1e-6, rtol=0)
     each = probs.double() / probs.double().sum(-1, keepdim=True)
     aleatoric = torch.from_numpy(stats.entropy(each.numpy(), axis=-1).mean(0))
     torch.testing.assert_close(split.aleatoric, aleatoric, atol=1e-6, rtol=0)

@@ -75,9 +75,7 @@ def test_rows_hold_what_the_metrics_say(report, data):
     assert [row.method for row in report.rows] == ["zero-shot", "blob", "wild"]
     probs = FakePosterior().predict(data, generator=torch.Generator().manual_seed(0)).probs
     row = report.rows[1]
-    assert row.metrics["nll"].value == pytest.approx(
-        float(negative_log_likelihood(probs.mean(0), data[1])), rel=1e-5
-    )
+    assert row.metrics["nll"].value == pytest.approx(float(negative_log_likelihood(probs.mean(0), data[1])), rel=1e-5)
     assert (row.draws, row.examples, row.ood_examples, row.cost) == (10, 150, {"chem": 90}, Cost(12.5, 2**30))
     assert row.metrics["nll"].low < row.metrics["nll"].value < row.metrics["nll"].high
     assert set(row.metrics) == {column.name for column in report.columns}
@@ -136,9 +134,7 @@ def test_markdown_marks_the_best_and_says_what_the_numbers_are(report):
 
 
 def test_seeds_are_averaged_with_a_t_interval(data):
-    reports = [
-        evaluate({"blob": FakePosterior()}, data, resamples=40, seed=s, progress=False) for s in (0, 1, 2)
-    ]
+    reports = [evaluate({"blob": FakePosterior()}, data, resamples=40, seed=s, progress=False) for s in (0, 1, 2)]
     merged = Report.merge(reports)
     values = [r.rows[0].metrics["nll"].value for r in reports]
     low, high = stats.t.interval(0.95, 2, loc=sum(values) / 3, scale=stats.sem(values))
@@ -150,9 +146,7 @@ def test_seeds_are_averaged_with_a_t_interval(data):
     assert "bootstrap" not in flat
     table = merged.summaries()[0].calibration["width"]
     assert float(table.count.sum()) == pytest.approx(150)
-    mixed = Report.merge(
-        [*reports, evaluate({"zero-shot": FakePosterior(0)}, data, resamples=40, progress=False)]
-    )
+    mixed = Report.merge([*reports, evaluate({"zero-shot": FakePosterior(0)}, data, resamples=40, progress=False)])
     text = mixed.to_markdown()
     assert "| zero-shot †" in text
     assert "| blob " in text
@@ -253,9 +247,7 @@ def test_reliability_diagram_shows_the_metric_that_was_used(report):
         assert "15 bins of equal width" in texts
     assert len(figure.axes) == 6
     _, axes = report.reliability_diagram(strategy="mass")
-    assert f"ECE {report.rows[1].metrics['ece_mass'].value:.3f}" in [
-        text.get_text() for text in axes[1].texts
-    ]
+    assert f"ECE {report.rows[1].metrics['ece_mass'].value:.3f}" in [text.get_text() for text in axes[1].texts]
 
 
 @pytest.mark.parametrize("methods", [1, 2, 4, 6, 7])

@@ -4,18 +4,17 @@ import itertools
 
 import pytest
 import torch
-from pyrolora.models.tasks import Example, OptionScoring, Split, Task, Verbaliser, encode
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from pyrolora.models.tasks import Example, OptionScoring, Split, Task, Verbaliser, encode
 
 PAD = 1
 
 
 def word_tokenizer(**special) -> PreTrainedTokenizerFast:
     words = ["<unk>", "<pad>", "word", "yes", "no", ":", "red", "green", "blue", "?"]
-    inner = Tokenizer(
-        models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>")
-    )
+    inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", **special)
 
@@ -30,8 +29,7 @@ YES_NO = Verbaliser("{text} :", labels=("yes", "no"))
 
 def text_split(lengths: list[int]) -> Split:
     examples = [
-        Example({"text": "word " * length}, number % 2, id=str(number))
-        for number, length in enumerate(lengths)
+        Example({"text": "word " * length}, number % 2, id=str(number)) for number, length in enumerate(lengths)
     ]
     return Split("train", "toy", tuple(examples), 2)
 
@@ -193,9 +191,7 @@ class TestOrder:
 
     def test_shuffling_is_not_sorting(self, encoded):
         generator = torch.Generator().manual_seed(0)
-        widths = [
-            batch["input_ids"].shape[1] for batch in encoded.batches(8, shuffle=True, generator=generator)
-        ]
+        widths = [batch["input_ids"].shape[1] for batch in encoded.batches(8, shuffle=True, generator=generator)]
         assert widths != sorted(widths)
 
     def test_buckets_save_padding(self, encoded):

