@@ -1,7 +1,7 @@
 """Guides built from a site table, and the families they are made of."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, TypeAlias
 
@@ -158,7 +158,8 @@ class Guide(PyroModule):
             site name -> ``(draws, *site.shape)``
         """
         with SeededBy(generator, self._devices()):
-            return {name: factor.distribution().sample((draws,)) for name, factor in self.items()}
+            # a view of a point's parameter asks for gradients even when it is made without them
+            return {name: factor.distribution().sample((draws,)).detach() for name, factor in self.items()}
 
     @torch.no_grad()
     def log_prob(self, draw: Mapping[str, Tensor]) -> Tensor:
@@ -174,9 +175,10 @@ class Guide(PyroModule):
         return torch.zeros(()) if total is None else total
 
     @torch.no_grad()
-    def second_moments(self) -> dict[str, Tensor]:
-        """Mean over each site's weights of E_q[w^2], as learned priors need it."""
-        return {name: factor.second_moment().mean() for name, factor in self.items()}
+    def second_moments(self, sites: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Mean over each site's weights of E_q[w^2], as learned priors need it; by default of all sites."""
+        wanted = set(self.site_names if sites is None else sites)
+        return {name: factor.second_moment().mean() for name, factor in self.items() if name in wanted}
 
     def parameters_by_role(self) -> dict[str, list[nn.Parameter]]:
         """Parameters grouped into ``loc``, ``scale`` and ``point``."""
@@ -213,6 +215,23 @@ class SeededBy:
             self._fork.__exit__(*details)
 
 
+def by_pattern(specification: GuideSpecification) -> Mapping[str, Family]:
+    """A specification as ``{glob pattern: family}``.
+
+    Raises:
+        TypeError: something that is not a family.
+    """
+    patterns = specification if isinstance(specification, Mapping) else {"*": specification}
+    for pattern, family in patterns.items():
+        if not isinstance(family, Family):
+            got = f"class {family.__name__}" if isinstance(family, type) else type(family).__name__
+            raise TypeError(
+                f"The guide of {pattern!r} is a {got}; expected one of "
+                f"{', '.join(sorted(Family.registered))}, as in BLoB() (an instance, not the class)."
+            )
+    return patterns
+
+
 def resolve(specification: GuideSpecification, sites: SiteTable) -> dict[str, Family]:
     """One family for every site, in program order.
 
@@ -224,11 +243,4 @@ def resolve(specification: GuideSpecification, sites: SiteTable) -> dict[str, Fa
         ValueError: an unknown site, a gap or an overlap; the nearest name is offered.
         TypeError: something that is not a family.
     """
-    patterns = specification if isinstance(specification, Mapping) else {"*": specification}
-    for pattern, family in patterns.items():
-        if not isinstance(family, Family):
-            raise TypeError(
-                f"The guide of {pattern!r} is a {type(family).__name__}; expected one of "
-                f"{', '.join(sorted(Family.registered))}, as in BLoB() (an instance, not the class)."
-            )
-    return sites.assign(patterns, "guide")
+    return sites.assign(by_pattern(specification), "guide")

@@ -6,7 +6,6 @@ from typing import ClassVar
 import pyro.distributions as dist
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import constraints
 
 from pyrolora.guides.base import Factor, Family
 from pyrolora.guides.mean_field import MeanField, require_positive, starting_scale
@@ -51,9 +50,7 @@ class BLoB(Family):
         """See `Family.factor`."""
         if site.matches(self.sites):
             return SquaredScaleFactor(start, starting_scale(self.init_scale, site, start, prior))
-        if site.modules or site.support is constraints.real:
-            return PointFactor(site, start)
-        return MeanField().factor(site, start, prior)
+        return MeanField().factor(site, start, prior) if site.hyper else PointFactor(site, start)
 
 
 class SquaredScaleFactor(Factor):

@@ -7,7 +7,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyrolora.guides.base import Guide, GuideSpecification, resolve
+from pyrolora.guides.base import Guide, GuideSpecification, SeededBy, resolve
+from pyrolora.models.naming import nearest
 from pyrolora.models.program import BayesianModel
 
 
@@ -28,12 +29,22 @@ def build_guide(
         generator: source of the random part of the start.
 
     Raises:
-        ValueError: an unknown site, a gap or an overlap in the patterns.
+        ValueError: an unknown site, a gap or an overlap in the patterns; a start of an unknown site or another shape.
         TypeError: something that is not a family.
     """
     families = resolve(specification, model.sites)
-    values = {**model.initial(generator), **(start or {})}
-    with poutine.trace() as traced, poutine.condition(data=values), torch.no_grad():
+    _check_start(start or {}, model)
+    device, dtype = model.backbone.device, model.backbone.site_dtype
+    given = {name: value.to(device, dtype) for name, value in (start or {}).items()}
+    values = {**model.initial(generator), **given}
+    devices = [device] if device.type == "cuda" else []
+    # the generator also seeds the prior draws at which sampled hyper-parameters start
+    with (
+        SeededBy(generator, devices),
+        poutine.trace() as traced,
+        poutine.condition(data=values),
+        torch.no_grad(),
+    ):
         model.sample_sites()
     nodes: Any = traced.trace.nodes
     factors = {}
@@ -42,3 +53,17 @@ def build_guide(
         factors[name] = family.factor(model.sites[name], node["value"].detach(), node["fn"])
         factors[name].family = family
     return Guide(factors)
+
+
+def _check_start(start: Mapping[str, Tensor], model: BayesianModel) -> None:
+    for name, value in start.items():
+        if name not in model.sites:
+            raise ValueError(
+                f"The start names the site {name!r}, which the model does not have. "
+                f"Did you mean {nearest(name, model.sites)!r}? Sites: {', '.join(model.sites)}."
+            )
+        if value.shape != model.sites[name].shape:
+            raise ValueError(
+                f"The start of {name!r} has shape {tuple(value.shape)}; the site's is {tuple(model.sites[name].shape)}. "
+                "Give one value of every weight, such as another posterior's mean()."
+            )

@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import constraints
+from torch.distributions import constraints, register_kl
 
 from pyrolora.guides.base import Factor, Family
 from pyrolora.guides.mean_field import require_positive, starting_scale
@@ -53,6 +53,38 @@ class FullCovariance(Family):
         return FullCovarianceFactor(start, starting_scale(self.init_scale, site, start, prior))
 
 
+class DenseNormal(dist.TransformedDistribution):
+    """Normal with a dense covariance over the flattened weights of a tensor.
+
+    Args:
+        loc: mean, of the event shape.
+        scale_tril: lower Cholesky factor of the covariance.
+
+    Shape:
+        loc any, scale_tril ``(weights, weights)``
+    """
+
+    def __init__(self, loc: Tensor, scale_tril: Tensor) -> None:
+        self.loc, self.scale_tril = loc, scale_tril
+        flat = dist.MultivariateNormal(loc.flatten(), scale_tril=scale_tril, validate_args=False)
+        super().__init__(flat, [dist.transforms.ReshapeTransform(torch.Size((loc.numel(),)), loc.shape)])
+
+    @property
+    def variance(self) -> Tensor:
+        """Marginal variance of each weight, of the event shape."""
+        return self.scale_tril.square().sum(-1).reshape(self.loc.shape)
+
+
+@register_kl(DenseNormal, dist.Independent)
+def _kl_to_factorised_normal(q: DenseNormal, p: dist.Independent) -> Tensor:
+    base = p.base_dist
+    if not isinstance(base, dist.Normal) or p.reinterpreted_batch_ndims != q.loc.dim():
+        raise NotImplementedError
+    variance = base.scale.square()
+    misfit = ((q.variance + (q.loc - base.loc).square()) / variance + variance.log() - 1).sum()
+    return 0.5 * misfit - q.scale_tril.diagonal().log().sum()
+
+
 class FullCovarianceFactor(Factor):
     """Mean, and the lower Cholesky factor of the covariance with its diagonal in logarithm."""
 
@@ -77,10 +109,7 @@ class FullCovarianceFactor(Factor):
 
     def distribution(self) -> TorchDistribution:
         """See `Factor.distribution`."""
-        flat = dist.MultivariateNormal(self.loc.flatten(), scale_tril=self.scale_tril, validate_args=False)
-        return dist.TransformedDistribution(
-            flat, [dist.transforms.ReshapeTransform(torch.Size((self.loc.numel(),)), self.loc.shape)]
-        )
+        return DenseNormal(self.loc, self.scale_tril)
 
     def mean(self) -> Tensor:
         """See `Factor.mean`."""
@@ -88,4 +117,4 @@ class FullCovarianceFactor(Factor):
 
     def second_moment(self) -> Tensor:
         """See `Factor.second_moment`."""
-        return self.loc.square() + self.scale_tril.square().sum(-1).reshape(self.loc.shape)
+        return self.loc.square() + self.distribution().variance

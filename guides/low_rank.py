@@ -50,8 +50,13 @@ class LowRank(Family):
         """See `Family.factor`.
 
         Raises:
-            ValueError: a site with constrained support, which needs `MeanField`.
+            ValueError: a site with constrained support or of fewer than two dimensions, which needs `MeanField`.
         """
+        if len(site.shape) < 2:
+            raise ValueError(
+                f"LowRank needs a site with layers and weights in them; {site.name!r} has shape {tuple(site.shape)}. "
+                "Use MeanField there."
+            )
         if site.support is not constraints.real:
             raise ValueError(
                 f"LowRank needs a site on the real line; {site.name!r} has support {site.support}. Use MeanField there."
@@ -139,10 +144,9 @@ class LowRankFactor(Factor):
         super().__init__()
         self.loc = nn.Parameter(start.clone())
         self.log_diag = nn.Parameter(scale.flatten(1).log())
-        # torch's generator is forked so that building a guide leaves a user's random state alone
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            noise = torch.randn(*self.log_diag.shape, rank, dtype=torch.float64)
+        # a generator of its own, so that building a guide leaves a user's random state alone
+        source = torch.Generator().manual_seed(0)
+        noise = torch.randn(*self.log_diag.shape, rank, dtype=torch.float64, generator=source)
         self.cov_factor = nn.Parameter(0.01 * scale.flatten(1)[..., None] * noise.to(scale))
 
     def distribution(self) -> TorchDistribution:

@@ -16,7 +16,7 @@ from pyrolora.models.tasks import EncodedSplit, Split
 if TYPE_CHECKING:
     from pyrolora.inference.posterior import Posterior
 
-# numbers in the posterior group before a choice of sites is asked for: 2 GB
+# numbers in the posterior group before a choice of sites is asked for: 1 GiB
 MOST_NUMBERS = 2**28
 
 
@@ -49,11 +49,12 @@ def to_datatree(
     chosen = _choose(posterior, patterns, draws)
     generator = torch.Generator().manual_seed(seed)
     drawn = posterior.sample(draws, generator=generator)
-    groups = {"posterior": _dataset({site.name: drawn[site.name] for site in chosen}, chosen)}
+    dims = _dim_names(list(posterior.model.sites.values()))
+    groups = {"posterior": _dataset({site.name: drawn[site.name] for site in chosen}, chosen, dims)}
     stats = {"log_q": _by_draw(posterior.log_prob(drawn), draws)}
     prior = _prior_draws(posterior, chosen, draws, seed)
     if prior:
-        groups["prior"] = _dataset(prior, [site for site in chosen if site.name in prior])
+        groups["prior"] = _dataset(prior, [site for site in chosen if site.name in prior], dims)
     log_prior = _log_prior(posterior, drawn)
     if log_prior is not None:
         stats["log_prior"] = _by_draw(log_prior, draws)
@@ -96,18 +97,31 @@ def _choose(posterior: "Posterior", patterns: Sequence[str], draws: int) -> list
     return chosen
 
 
-def _dataset(values: Mapping[str, Tensor], sites: Sequence[Site]) -> xarray.Dataset:
-    """One variable a site; dims shared by sites of different sizes or layers get the site's name in front."""
+def _dim_names(sites: Sequence[Site]) -> dict[str, dict[str, list[int]]]:
+    """Site -> dim -> labels; a dim that sites have in different sizes or layers gets the later site's name in front.
+
+    Made from all sites of a model, so that a name depends neither on the group nor on the choice of sites.
+    """
+    first: dict[str, list[int]] = {}
+    found: dict[str, dict[str, list[int]]] = {}
+    for site in sites:
+        found[site.name] = {}
+        for dim, size in zip(site.dims, site.shape, strict=True):
+            labels = list(site.layers) if dim == "layer" and site.layers else list(range(size))
+            name = dim if first.setdefault(dim, labels) == labels else f"{site.name}_{dim}"
+            found[site.name][name] = labels
+    return found
+
+
+def _dataset(
+    values: Mapping[str, Tensor], sites: Sequence[Site], dims: Mapping[str, Mapping[str, list[int]]]
+) -> xarray.Dataset:
+    """One variable a site."""
     coords: dict[str, Any] = {}
     variables = {}
     for site in sites:
-        dims = []
-        for dim, size in zip(site.dims, site.shape, strict=True):
-            labels = list(site.layers) if dim == "layer" and site.layers else list(range(size))
-            name = dim if coords.setdefault(dim, labels) == labels else f"{site.name}_{dim}"
-            coords[name] = labels
-            dims.append(name)
-        variables[site.name] = (["chain", "draw", *dims], values[site.name].detach().cpu().numpy()[None])
+        coords.update(dims[site.name])
+        variables[site.name] = (["chain", "draw", *dims[site.name]], values[site.name].detach().cpu().numpy()[None])
     draws = next(iter(values.values())).shape[0]
     return xarray.Dataset(variables, coords={"chain": [0], "draw": range(draws), **coords})
 

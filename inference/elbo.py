@@ -26,11 +26,15 @@ class AnalyticELBO(TraceMeanField_ELBO):
     error here, where Pyro warns.
 
     Attributes:
-        terms: site name -> its part of the last particle's loss (scaled as the loss is): minus log-likelihood for observed
-            sites, KL for the others.
+        terms: site name -> its part of the last loss, averaged over particles (scaled as the loss is): minus log-likelihood
+            for observed sites, KL for the others.
     """
 
     terms: dict[str, float]
+
+    def _get_traces(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        self.terms = {}
+        return super()._get_traces(model, guide, args, kwargs)
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
@@ -50,6 +54,11 @@ class AnalyticELBO(TraceMeanField_ELBO):
                 terms[name] = -_scaled_log_prob(site)
                 continue
             other = guide_nodes[name]
+            if not other["fn"].has_rsample:
+                raise ValueError(
+                    f"The guide's {type(other['fn']).__name__} at {name!r} cannot be reparameterised, so its gradient would "
+                    "be wrong. Use a distribution with rsample, or Pyro's own Trace_ELBO."
+                )
             try:
                 divergence = kl_divergence(other["fn"], site["fn"])
                 terms[name] = scale_and_mask(divergence, scale=other["scale"], mask=other["mask"]).sum()
@@ -57,7 +66,8 @@ class AnalyticELBO(TraceMeanField_ELBO):
                 terms[name] = _scaled_log_prob(other) - _scaled_log_prob(site)
         loss = torch.stack(list(terms.values())).sum()
         values = torch.stack([term.detach() for term in terms.values()]).tolist()
-        self.terms = dict(zip(terms, values, strict=True))
+        for name, value in zip(terms, values, strict=True):
+            self.terms[name] = self.terms.get(name, 0.0) + value / self.num_particles
         return sum(values), loss
 
 

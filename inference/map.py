@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from pyrolora.guides.base import GuideSpecification
+from pyrolora.guides.base import GuideSpecification, by_pattern
 from pyrolora.guides.point import Point
 from pyrolora.inference.svi import SVI
 
@@ -21,7 +21,16 @@ class MAP(SVI):
     Args:
         guide: `Point`; present because every setting of `SVI` applies.
         steps: optimisation steps.
+
+    Raises:
+        ValueError: a setting out of range, or a guide that is no point.
     """
 
     guide: GuideSpecification = field(default_factory=Point, metadata={"help": "points at every site"})
     steps: int = field(default=150, metadata={"help": "optimisation steps"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for family in by_pattern(self.guide).values():
+            if not isinstance(family, Point):
+                raise ValueError(f"MAP fits points; got the guide {family}. Use SVI(guide=...) for a distribution.")

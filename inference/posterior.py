@@ -59,7 +59,7 @@ class Posterior:
         return self.guide.sample(draws, generator)
 
     def log_prob(self, draw: Mapping[str, Tensor]) -> Tensor:
-        """Log posterior density of draws in nats, ``(draws,)``; infinite where a site is a point."""
+        """Log posterior density of draws in nats, ``(draws,)``; a site that is a point adds 0 there, else minus infinity."""
         return self.guide.log_prob(draw)
 
     def mean(self) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ CONFIG, WEIGHTS = "posterior_config.json", "posterior.safetensors"
 
 
 def save(posterior: "Posterior", folder: str | Path) -> Path:
-    """Write a posterior to a folder, whole or not at all; an existing folder is replaced.
+    """Write a posterior to a folder, whole or not at all; an earlier posterior there is replaced.
 
     The folder holds ``posterior_config.json`` and ``posterior.safetensors``, and, for a model whose only adapter is `LoRA`,
     ``adapter_config.json`` and ``adapter_model.safetensors``: the posterior mean as a plain PEFT adapter, which
@@ -40,16 +40,20 @@ def save(posterior: "Posterior", folder: str | Path) -> Path:
 
     Returns:
         The folder.
+
+    Raises:
+        FileExistsError: the place is taken by a file, or by a folder that holds something else.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
+    check_place(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    replaced = None
     try:
         (partial / CONFIG).write_text(json.dumps(_config(posterior), indent=2))
         save_file(_tensors(posterior), partial / WEIGHTS)
         _write_peft(posterior, partial)
         partial.chmod(0o755)
-        replaced = None
         if folder.exists():
             replaced = partial.with_name(partial.name + "-old")
             os.replace(folder, replaced)
@@ -58,8 +62,22 @@ def save(posterior: "Posterior", folder: str | Path) -> Path:
             shutil.rmtree(replaced)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        if replaced is not None and not folder.exists():
+            os.replace(replaced, folder)
         raise
     return folder
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a place that holds anything but a posterior: replacing it would delete what is there.
+
+    Raises:
+        FileExistsError: a file, or a folder that holds something else.
+    """
+    if folder.exists() and not (folder.is_dir() and ((folder / CONFIG).is_file() or not any(folder.iterdir()))):
+        raise FileExistsError(
+            f"{str(folder)!r} exists and is no posterior; it is left as it is. Choose a new or an empty folder."
+        )
 
 
 def _config(posterior: "Posterior") -> dict[str, Any]:
@@ -138,7 +156,7 @@ def load(
         ValueError: a damaged or foreign file, another backbone, or other sites.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     try:
         tensors = load_file(folder / WEIGHTS)
     except FileNotFoundError as error:
@@ -158,6 +176,13 @@ def load(
             max_length=config["max_length"],
         )
     _check_backbone(folder, config, model.backbone)
+    saved, given = config["adapters"], json.loads(json.dumps([adapter.to_dict() for adapter in model.adapters]))
+    if saved != given:
+        # the shapes may agree and yet the scaling of the product not
+        raise ValueError(
+            f"The posterior in {folder} belongs to the adapters {saved}, and the model has {given}. Build the model with "
+            "the adapters it was saved with."
+        )
     families = {name: Family.from_dict(entry) for name, entry in config["guide"].items()}
     guide = build_guide(resolve(families, model.sites), model)
     for name, factor in guide.items():
@@ -175,7 +200,14 @@ def load(
     return _posterior_class(config["posterior"])(model, guide, config["record"])
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """What a saved posterior says about itself: backbone, task, adapters, prior, guide, record.
+
+    Raises:
+        FileNotFoundError: no posterior there; the nearest folder that holds one is offered.
+        ValueError: a damaged file, or one of another version.
+    """
+    folder = Path(folder)
     path = folder / CONFIG
     if not path.is_file():
         near = nearest(folder.name, [entry.parent.name for entry in folder.parent.glob(f"*/{CONFIG}")])
@@ -183,8 +215,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"No posterior at {str(folder)!r}: {CONFIG} is not there.{hint}")
     try:
         config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not even text
         raise ValueError(f"{path} is damaged ({error}); save the posterior again.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged (it holds a {type(config).__name__}); save the posterior again.")
     if config.get("format") != FORMAT:
         raise ValueError(
             f"{path} has format {config.get('format')!r}; this version reads {FORMAT}. Save it again with this version."

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrolora.guides import BLoB
-from pyrolora.guides.base import Family, GuideSpecification
+from pyrolora.guides.base import Family, GuideSpecification, by_pattern
 from pyrolora.inference.engine import StepStats
 from pyrolora.inference.noise import SCOPES
 from pyrolora.inference.posterior import Posterior
@@ -49,6 +49,7 @@ class SVI:
 
     Raises:
         ValueError: a setting out of range.
+        TypeError: a guide that is not a family.
     """
 
     guide: GuideSpecification = field(default_factory=BLoB, metadata={"help": "family of the posterior"})
@@ -66,6 +67,7 @@ class SVI:
     checkpoint_every: int = field(default=50, metadata={"help": "steps between checkpoints"})
 
     def __post_init__(self) -> None:
+        by_pattern(self.guide)
         for name in ("steps", "batch_size", "particles", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
@@ -78,6 +80,10 @@ class SVI:
             raise ValueError(
                 f"kl_weight must be positive; got {self.kl_weight}. 1 is the true ELBO; for no prior at all use MAP "
                 "under Flat()."
+            )
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(
+                f"max_grad_norm must be positive, or None for no clipping; got {self.max_grad_norm}. Try 1.0."
             )
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is a fraction of the steps in [0, 1); got {self.warmup}. Try 0.06.")

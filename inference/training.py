@@ -1,10 +1,12 @@
 """The optimisation loop behind `SVI` and `MAP`: per-example ELBO, seeded steps, checkpoints."""
 
+import copy
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -52,7 +54,10 @@ class TrainingRun:
         self.engine, self.model = engine, model
         self.data = model.encode(data)
         self.data.require_trainable()
+        self.data_digest = _data_digest(self.data)
         self.seed = engine.seed if generator is None else int(torch.randint(2**31, (), generator=generator))
+        # a fit before this one may have moved the learned scales, from which guides start
+        model.prior.reset_scales()
         source = torch.Generator().manual_seed(self.seed)
         self.guide = build_guide(engine.guide, model, start=start, generator=source)
         roles = self.guide.parameters_by_role()
@@ -66,6 +71,7 @@ class TrainingRun:
         self.trunks = TrunkCache(model.backbone, model.first_block, len(self.data))
         self.step = 0
         self.history: History = []
+        self.consistent = True
         if engine.checkpoint is not None and checkpoint.exists(engine.checkpoint):
             checkpoint.restore(self, engine.checkpoint)
             logger.info("Resuming at step %d from %s", self.step, engine.checkpoint)
@@ -82,14 +88,17 @@ class TrainingRun:
             "settings": settings,
             "seed": self.seed,
             "sites": sites,
+            "adapters": [adapter.to_dict() for adapter in self.model.adapters],
             "prior": self.model.prior.to_dict(),
             "backbone": self.model.backbone.fingerprint,
-            "data": _data_digest(self.data),
+            "dtype": str(self.model.backbone.dtype),
+            "data": self.data_digest,
         }
 
     def iterate(self, progress: bool = False) -> Iterator[StepStats]:
         """Run the remaining steps, one an item, writing checkpoints on the way and on interruption."""
         engine = self.engine
+        self._refill_trunks()
         batches = self.data.stream(engine.batch_size, seed=self.seed, start=self.step)
         bar = tqdm(
             total=engine.steps, initial=self.step, desc=type(engine).__name__.lower(), disable=not progress, leave=False
@@ -97,7 +106,7 @@ class TrainingRun:
         running: dict[str, float] = {}
         try:
             while self.step < engine.steps:
-                stats = self._take_step(self.trunks.attach(next(batches)))
+                stats = self.take_step(self.trunks.attach(next(batches)))
                 for key in ("nll", "kl"):
                     running[key] = 0.95 * running.get(key, getattr(stats, key)) + 0.05 * getattr(stats, key)
                 bar.update()
@@ -106,7 +115,8 @@ class TrainingRun:
                     checkpoint.write(self, engine.checkpoint)
                 yield stats
         except KeyboardInterrupt:
-            if engine.checkpoint is not None:
+            # inside an update some parameters have moved and others not: the last checkpoint on disk is then the good one
+            if engine.checkpoint is not None and self.consistent:
                 checkpoint.write(self, engine.checkpoint)
                 logger.warning("Interrupted after step %d; state kept in %s", self.step, engine.checkpoint)
             raise
@@ -114,7 +124,23 @@ class TrainingRun:
             bar.close()
             self.model.release()
 
-    def _take_step(self, batch: Mapping[str, Tensor]) -> StepStats:
+    def _refill_trunks(self) -> None:
+        """Cache what the steps before a resume had cached, in their batches.
+
+        Padding and the number of rows decide how matrix products round: a trunk computed in another batch would make the
+        resumed fit end a few bits away from an uninterrupted one.
+        """
+        if self.model.first_block > 0:
+            done = min(self.step, self.data.steps_per_epoch(self.engine.batch_size))
+            for batch in islice(self.data.stream(self.engine.batch_size, seed=self.seed), done):
+                self.trunks.attach(batch)
+
+    def take_step(self, batch: Mapping[str, Tensor]) -> StepStats:
+        """One optimisation step on a batch, which becomes part of the history.
+
+        Raises:
+            FloatingPointError: loss or gradient is not finite.
+        """
         engine, num_data = self.engine, len(self.data)
         factor = self._rate_factor(self.step)
         for group, rate in zip(self.optimiser.param_groups, self.peak_rates, strict=True):
@@ -134,15 +160,16 @@ class TrainingRun:
             raise FloatingPointError(self._describe_failure(loss, norm))
         if engine.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, engine.max_grad_norm, torch.tensor(norm))
+        self.consistent = False
         self.optimiser.step()
+        if learned := self.model.prior.scales:
+            self.model.prior.update_scales(self.guide.second_moments(learned), (self.step + 1) / engine.steps)
         self.step += 1
-        if self.model.prior.scales:
-            self.model.prior.update_scales(self.guide.second_moments(), self.step / engine.steps)
-        # of the last particle, as the gradient's estimate of the likelihood is
         nll = self.elbo.terms["label"]
         kl = sum(value for name, value in self.elbo.terms.items() if name != "label") / engine.kl_weight
         stats = StepStats(self.step, loss, nll, kl, norm)
         self.history.append(stats)
+        self.consistent = True
         return stats
 
     def _rate_factor(self, step: int) -> float:
@@ -162,16 +189,19 @@ class TrainingRun:
             yield
 
     def _describe_failure(self, loss: float, norm: float) -> str:
-        guilty = [
+        # from cause to effect: one bad parameter or KL makes the gradients of every other site bad as well
+        parameters = [name for name, factor in self.guide.items() if not _finite(factor.parameters())]
+        divergences = [name for name, value in self.elbo.terms.items() if name != "label" and not math.isfinite(value)]
+        likelihood = not math.isfinite(self.elbo.terms.get("label", 0.0))
+        gradients = [
             name
             for name, factor in self.guide.items()
-            if any(
-                not p.isfinite().all() or (p.grad is not None and not p.grad.isfinite().all())
-                for p in factor.parameters()
-            )
+            if not _finite(p.grad for p in factor.parameters() if p.grad is not None)
         ]
+        guilty = parameters or divergences or ([] if likelihood else gradients)
         where = f"the site {guilty[0]!r}" if guilty else "the likelihood (no site holds a non-finite value)"
-        kept = "" if self.engine.checkpoint is None else f" The last good state is in {self.engine.checkpoint}."
+        folder = self.engine.checkpoint
+        kept = "" if folder is None or not checkpoint.exists(folder) else f" The last good state is in {folder}."
         return (
             f"The loss became {loss} (gradient norm {norm}) at step {self.step + 1}, first in {where}.{kept} "
             "Lower learning_rate or scale_learning_rate, or clip with max_grad_norm=1.0."
@@ -186,12 +216,15 @@ class TrainingRun:
             "steps_done": self.step,
             "history": [stats.to_dict() for stats in self.history],
         }
-        return Posterior(self.model, self.guide, record)
+        return Posterior(self.model, copy.deepcopy(self.guide), record)
 
 
 def _data_digest(data: EncodedSplit) -> str:
-    digest = hashlib.sha256()
-    batch = next(iter(data.batches(min(len(data), 64))))
-    for key in ("index", "input_ids", "labels"):
-        digest.update(batch[key].cpu().numpy().tobytes())
+    digest = hashlib.sha256(repr((data.label_ids, data.labels.tolist())).encode())
+    for row in data.rows:
+        digest.update(repr(row).encode())
     return f"{len(data)}:{digest.hexdigest()[:16]}"
+
+
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)

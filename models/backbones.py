@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,8 @@ class Backbone:
         self.name = name
         self.body: Any = network.base_model
         self.blocks = _find_blocks(self.body)
+        # networks with ALiBi count positions by themselves, and some swallow the argument without a word
+        self._takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
         self._deltas: Mapping[str, Delta] = {}
         self._hooked: set[str] = set()
         self._fingerprint: str | None = None
@@ -133,6 +137,20 @@ class Backbone:
         with self._swapped(range(first_block), _Resume(trunk)):
             return self.body(**inputs).last_hidden_state
 
+    @cached_property
+    def _blocks_return_tuples(self) -> bool:
+        """Whether the network takes the first entry of what a block returns; seen in a forward of one token."""
+        returned: list[Any] = []
+        handle = self.blocks[0].register_forward_hook(lambda module, args, output: returned.append(output))
+        bound, self._deltas = self._deltas, {}
+        try:
+            with torch.no_grad():
+                self.body(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+        finally:
+            handle.remove()
+            self._deltas = bound
+        return isinstance(returned[0], tuple)
+
     def features(self, batch: Mapping[str, Tensor], *, trunk: Tensor | None = None, first_block: int = 0) -> Tensor:
         """Hidden state at the answer position: the last token that is not padding, left- or right-padded.
 
@@ -198,12 +216,17 @@ class Backbone:
         if positions is None:
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         segments = batch.get("segment_ids")
-        return {
+        if segments is not None and not self._takes_positions:
+            raise ValueError(
+                f"{type(self.body).__name__} takes no position_ids, so options cannot share a prompt in it. "
+                "Use a task with label words or letters, or another backbone."
+            )
+        inputs = {
             "input_ids": batch["input_ids"].to(self.device),
             "attention_mask": mask if segments is None else self._segment_mask(segments.to(self.device)),
-            "position_ids": positions.to(self.device),
             "use_cache": False,
         }
+        return inputs | ({"position_ids": positions.to(self.device)} if self._takes_positions else {})
 
     def _segment_mask(self, segments: Tensor) -> Tensor:
         """Additive mask by which options see the prompt (segment 1) and themselves, never each other.
@@ -223,9 +246,10 @@ class Backbone:
     @contextmanager
     def _swapped(self, indices: range, stand_in: nn.Module) -> Iterator[None]:
         kept = {index: self.blocks[index] for index in indices}
+        in_tuple = self._blocks_return_tuples
         try:
             for index in indices:
-                self.blocks[index] = _Passing(stand_in)
+                self.blocks[index] = _Passing(stand_in, in_tuple)
             yield
         finally:
             for index, block in kept.items():
@@ -235,12 +259,13 @@ class Backbone:
 class _Passing(nn.Module):
     """Stands in for a block: hands the hidden states to another module and ignores everything else."""
 
-    def __init__(self, stand_in: nn.Module) -> None:
+    def __init__(self, stand_in: nn.Module, in_tuple: bool) -> None:
         super().__init__()
-        self.stand_in = stand_in
+        self.stand_in, self.in_tuple = stand_in, in_tuple
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.stand_in(hidden_states)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
+        passed = self.stand_in(hidden_states)
+        return (passed, None) if self.in_tuple else passed
 
 
 class _Catch(nn.Module):
@@ -313,7 +338,8 @@ def load_backbone(
 
     Raises:
         FileNotFoundError: the packaged model is not installed, or the file or folder does not exist.
-        ValueError: the name is neither known nor a path nor found on the hub; the nearest short name is offered.
+        ValueError: the name is neither known nor a path nor found on the hub (the nearest short name is offered), the
+            folder is incomplete, or the dtype is not of floating point.
     """
     dtype = _as_dtype(dtype, device)
     name = str(name_or_path)
@@ -337,6 +363,10 @@ def load_backbone(
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
     except OSError as error:
+        if folder is not None:
+            raise ValueError(
+                f"The model in {str(folder)!r} cannot be loaded; its files are missing or damaged: {error}"
+            ) from error
         raise ValueError(
             f"Unknown model {name!r}: no short name, no local file or folder, and not found on the hub. "
             f"Did you mean {nearest(name, PACKAGED)!r}? Short names: {', '.join(sorted(PACKAGED))}."
@@ -357,6 +387,8 @@ def _attention(dtype: torch.dtype, device: torch.device) -> str:
 
 def _as_dtype(dtype: torch.dtype | str, device: torch.device | str) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype={dtype} is not of floating point; use torch.float32 or torch.bfloat16.")
         return dtype
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
     if dtype == "auto":
@@ -412,8 +444,10 @@ def _dequantised(file: Path) -> Path:
         partial.chmod(0o755)
         os.replace(partial, folder)
     except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
         # another process may have finished the same folder first
         if not folder.is_dir():
             raise
+    finally:
+        # after success there is nothing of that name; after Ctrl-C or a full disk there is half a model
+        shutil.rmtree(partial, ignore_errors=True)
     return folder

@@ -39,6 +39,10 @@ def declared(text: str, makers: Mapping[str, Callable[..., Any]], what: str) -> 
     Raises:
         ValueError: not of that form, an unknown name (the nearest is offered), or arguments that do not fit.
     """
+    if not isinstance(text, str):
+        raise ValueError(
+            f"The {what} is {text!r}, a {type(text).__name__}; expected a text such as {next(iter(makers))}(...)."
+        )
     try:
         node = ast.parse(text.strip(), mode="eval").body
         call = node if isinstance(node, ast.Call) else ast.Call(func=node, args=[], keywords=[])

@@ -9,6 +9,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
+from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from pyrolora.models.naming import nearest
 from pyrolora.models.sites import Site, SiteTable
@@ -106,9 +107,12 @@ class Prior:
                 self._fixed[name] = fit_to_site(move(declaration, self.device, dtype), sites[name])
             elif isinstance(declaration, Flat):
                 self._fixed[name] = _flat(sites[name])
-            elif not callable(declaration):
+            elif isinstance(declaration, type) or not callable(declaration):
+                # a class is callable, but calling it with a site makes no prior
+                kind = declaration if isinstance(declaration, type) else type(declaration)
+                given = f"{'the class' if kind is declaration else 'a'} {kind.__name__}"
                 raise TypeError(
-                    f"The prior of {name!r} is a {type(declaration).__name__}; expected a Pyro distribution, Flat(), "
+                    f"The prior of {name!r} is {given}; expected a Pyro distribution, Flat(), "
                     "learned(scale), or a callable from a site to a distribution."
                 )
 
@@ -128,7 +132,15 @@ class Prior:
                 f"The prior callable returned a {type(produced).__name__} for {site.name!r}; it must return a Pyro "
                 "distribution that broadcasts to the site's shape."
             )
-        return fit_to_site(produced, site)
+        # a callable's constants are made on the CPU in the default type, wherever the backbone lives
+        return fit_to_site(move(produced, self.device, self.dtype), site)
+
+    def reset_scales(self) -> None:
+        """Put every learned scale back where it was declared."""
+        for name, scale in self.scales.items():
+            declaration = self.declared[name]
+            if isinstance(declaration, Learned):
+                scale.fill_(declaration.scale)
 
     def update_scales(self, second_moments: Mapping[str, Tensor], progress: float) -> None:
         """Closed-form empirical-Bayes step for every learned scale.
@@ -179,7 +191,9 @@ def fit_to_site(declared: TorchDistribution, site: Site) -> TorchDistribution:
             f"{tuple(site.shape)} ({', '.join(site.dims)}). A scalar distribution such as Normal(0., 0.2) always does."
         )
     support = declared.support
-    base = support.base_constraint if isinstance(support, dist.constraints.independent) else support
+    base = support
+    while isinstance(base, dist.constraints.independent | MixtureSameFamilyConstraint):
+        base = base.base_constraint
     if base not in (dist.constraints.real, dist.constraints.real_vector):
         raise ValueError(
             f"The prior of {site.name!r} is a {type(declared).__name__} with support {support}; adapter weights are "
@@ -192,14 +206,30 @@ def fit_to_site(declared: TorchDistribution, site: Site) -> TorchDistribution:
 def move(declared: TorchDistribution, device: torch.device, dtype: torch.dtype) -> TorchDistribution:
     """The same distribution with its parameters on a device and of a type, if it is plain or independent.
 
-    Others (transformed ones, mixtures) are returned as they came: create them where they are needed.
+    A mixture of such is moved as well. Others (transformed ones) are returned as they came: create them where they are
+    needed.
     """
     if isinstance(declared, dist.Independent):
         return move(declared.base_dist, device, dtype).to_event(declared.reinterpreted_batch_ndims)
-    parameters = {name: getattr(declared, name) for name in declared.arg_constraints if name in declared.__dict__}
+    if isinstance(declared, dist.MixtureSameFamily):
+        return dist.MixtureSameFamily(
+            move(declared.mixture_distribution, device, dtype), move(declared.component_distribution, device, dtype)
+        )
+    parameters = _parameters(declared)
     if not parameters:
         return declared
-    return type(declared)(**{name: value.to(device, dtype) for name, value in parameters.items()})
+    family: Any = type(declared)
+    return family(**{name: value.to(device, dtype) for name, value in parameters.items()})
+
+
+def _parameters(declared: TorchDistribution) -> dict[str, Tensor]:
+    """Constructor arguments of a plain distribution; empty for the others."""
+    given = {name: getattr(declared, name) for name in declared.arg_constraints if name in declared.__dict__}
+    for ways in (("probs", "logits"), ("covariance_matrix", "precision_matrix", "scale_tril")):
+        # torch keeps a second way of saying the same once it has computed it, and then accepts only one
+        for name in [way for way in ways if way in given][1:]:
+            del given[name]
+    return given
 
 
 def _describe(declaration: Declaration) -> dict[str, Any]:
@@ -211,13 +241,12 @@ def _describe(declaration: Declaration) -> dict[str, Any]:
     if isinstance(declaration, dist.Independent):
         return {**_describe(declaration.base_dist), "to_event": declaration.reinterpreted_batch_ndims}
     if isinstance(declaration, TorchDistributionMixin):
-        parameters = {
-            name: getattr(declaration, name).tolist()
-            for name in declaration.arg_constraints
-            if name in declaration.__dict__
-        }
+        parameters = _parameters(declaration)
         if parameters:
-            return {"prior": type(declaration).__name__, "parameters": parameters}
+            return {
+                "prior": type(declaration).__name__,
+                "parameters": {name: value.tolist() for name, value in parameters.items()},
+            }
     return {"prior": "callable", "name": getattr(declaration, "__qualname__", type(declaration).__name__)}
 
 

@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyrolora.models.adapters.base import Adapter
@@ -47,6 +48,7 @@ class BayesianModel:
         max_length: longest prompt in tokens.
 
     Raises:
+        TypeError: an adapter or prior that is none.
         ValueError: an adapter, prior or task that does not fit; see `Adapter.sites`, `Prior` and `tasks.encode`.
     """
 
@@ -62,15 +64,14 @@ class BayesianModel:
     ) -> None:
         self.backbone = backbone
         self.task = task
-        self.adapters: tuple[Adapter, ...] = (
-            (LoRA(),) if adapter is None else (adapter,) if isinstance(adapter, Adapter) else tuple(adapter)
-        )
+        self.adapters = _as_adapters(adapter)
         self.max_length = max_length
         self.num_data = len(task.train) if num_data is None else num_data
         label_ids = task.format.label_ids(backbone.tokenizer) if task.format.kind == "label" else None
         self.head: LabelHead | OptionHead = (
             OptionHead(backbone) if label_ids is None else LabelHead(backbone, torch.as_tensor(label_ids))
         )
+        self.label_ids: tuple[int, ...] = () if label_ids is None else tuple(label_ids)
         self.classes = None if label_ids is None else len(label_ids)
         self._adapter_sites = [adapter.sites(backbone, self.classes) for adapter in self.adapters]
         self.adapter_sites = SiteTable([site for sites in self._adapter_sites for site in sites])
@@ -84,19 +85,33 @@ class BayesianModel:
     def _discover(self) -> SiteTable:
         """All latent sites in program order: adapter sites and whatever a callable prior samples."""
         start = self.initial(torch.Generator().manual_seed(0))
-        with poutine.trace() as traced, poutine.condition(data=start), torch.no_grad():
+        # only shapes are wanted of what a callable prior samples here, so the user's random state stays as it was
+        with (
+            torch.random.fork_rng(devices=[]),
+            poutine.trace() as traced,
+            poutine.condition(data=start),
+            torch.no_grad(),
+        ):
             self.sample_sites()
         table = []
         nodes: Any = traced.trace.nodes
         for name, node in nodes.items():
-            if node["type"] != "sample":
+            if node["type"] != "sample" or site_is_subsample(node):
                 continue
             if name in self.adapter_sites:
                 table.append(self.adapter_sites[name])
             else:
                 shape = node["value"].shape
+                if node["fn"].batch_shape:
+                    raise ValueError(
+                        f"A prior samples {name!r} with the batch shape {tuple(node['fn'].batch_shape)}; a site must be one "
+                        f"event. Leave the plate out and write .expand({list(shape)}).to_event({len(shape)})."
+                    )
                 dims = tuple(f"{name}_dim_{i}" for i in range(len(shape)))
-                table.append(Site(name, shape, dims, support=node["fn"].support))
+                support = node["fn"].support
+                if getattr(support, "base_constraint", None) is dist.constraints.real:
+                    support = dist.constraints.real
+                table.append(Site(name, shape, dims, support=support, hyper=True))
         return SiteTable(table)
 
     def initial(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -186,8 +201,16 @@ class BayesianModel:
         """Tokenise a split with this model's prompt; an encoded split passes through.
 
         A split of another task is asked with *this* task's prompt, which is how out-of-distribution data is scored.
+
+        Raises:
+            ValueError: a split that was encoded for another way of asking.
         """
         if isinstance(data, EncodedSplit):
+            if data.kind != self.task.format.kind or tuple(data.label_ids) != self.label_ids:
+                raise ValueError(
+                    f"{data.name} was encoded for other classes or another format than those of the task "
+                    f"{self.task.name!r}. Pass the split itself, and the model encodes it."
+                )
             return data
         return encode(data, self.task.format, self.backbone.tokenizer, max_length=self.max_length)
 
@@ -208,6 +231,19 @@ class BayesianModel:
     def print_sites(self) -> None:
         """Print `site_table`, the twin of PEFT's ``print_trainable_parameters``."""
         print(self.site_table())  # noqa: T201
+
+
+def _as_adapters(adapter: Adapter | Sequence[Adapter] | None) -> tuple[Adapter, ...]:
+    if adapter is None:
+        return (LoRA(),)
+    adapters = tuple(adapter) if isinstance(adapter, list | tuple) else (adapter,)
+    for one in adapters:
+        if not isinstance(one, Adapter):
+            given = f"the class {one.__name__}" if isinstance(one, type) else f"a {type(one).__name__}"
+            raise TypeError(f"An adapter is {given}; expected an instance such as LoRA(rank=8), or a list of them.")
+    if not adapters:
+        raise ValueError("The list of adapters is empty. Give one such as LoRA(rank=8), or leave it out for LoRA().")
+    return adapters
 
 
 def _one_line(entry: Mapping[str, Any]) -> str:

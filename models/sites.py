@@ -26,6 +26,7 @@ class Site:
         keys: PEFT state-dict key of each entry of the first dimension, without the adapter's name.
         layers: number of the transformer block of each entry of the first dimension.
         support: constraint that a value satisfies.
+        hyper: whether a prior samples it, rather than an adapter.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Site:
     keys: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
     support: constraints.Constraint = field(default=constraints.real, compare=False)
+    hyper: bool = False
 
     @property
     def numel(self) -> int:

@@ -131,6 +131,44 @@ def tiny_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
+@pytest.fixture
+def three_topics():
+    """Return ``build(train=12, validation=6, test=9)``: random words of the tiny vocabulary under three label words."""
+    import random
+
+    from pyrolora.models.tasks import Example, Split, Task, Verbaliser
+
+    def build(train=12, validation=6, test=9):
+        chance, words = random.Random(0), WORDS.split()
+        labels = ("sport", "business", "politics")
+        splits = {}
+        for name, size in (("train", train), ("validation", validation), ("test", test)):
+            examples = tuple(
+                Example({"text": " ".join(chance.choices(words, k=2 + row % 4))}, row % 3, id=f"{name}/{row}")
+                for row in range(size)
+            )
+            splits[name] = Split(name, "three_topics", examples, 3)
+        shape = Verbaliser("text : {text} topic :", labels=labels)
+        return Task("three_topics", labels, shape, **splits, description="", licence="")
+
+    return build
+
+
+@pytest.fixture
+def three_topics_model(tiny_llama, tiny_tokenizer, three_topics):
+    """Return ``build(dtype=torch.float64, adapter=None, prior=None, task=None)``: a Bayesian model of the tiny Llama."""
+    from pyrolora.models.adapters import LoRA
+    from pyrolora.models.backbones import Backbone
+    from pyrolora.models.program import BayesianModel
+
+    def build(dtype=torch.float64, adapter=None, prior=None, task=None):
+        backbone = Backbone(tiny_llama(dtype), tiny_tokenizer, "tiny")
+        adapter = LoRA(rank=2, alpha=4.0, layers=(1, 2)) if adapter is None else adapter
+        return BayesianModel(backbone, three_topics() if task is None else task, adapter=adapter, prior=prior)
+
+    return build
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M-Instruct from its asset package, loaded once: treat it as read-only."""

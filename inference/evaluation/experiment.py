@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -20,6 +21,9 @@ from pyrolora.inference.evaluation.methods import METHODS, Method
 from pyrolora.inference.evaluation.report import Report
 from pyrolora.inference.laplace import Laplace
 from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.storage import CONFIG as POSTERIOR
+from pyrolora.inference.storage import check_place
+from pyrolora.inference.storage import read_config as read_posterior_config
 from pyrolora.models.adapters import Adapter
 from pyrolora.models.backbones import Backbone, load_backbone
 from pyrolora.models.declarations import declared, declared_prior
@@ -30,6 +34,18 @@ from pyrolora.models.tasks import Split, Task, task
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
+
+# what a folder may grow by: more methods and seeds are more cells of the same table
+GROWING = ("methods", "seeds", "settings")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads ``1e-3`` as text, for want of a dot; here it is a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 @dataclass(frozen=True)
@@ -87,22 +103,54 @@ class ExperimentConfig:
             raise ValueError(f"No method to compare. Choose some of {', '.join(METHODS)}.")
         if len(set(self.methods)) < len(self.methods):
             raise ValueError(f"A method is named twice in {', '.join(self.methods)}. Name each once.")
-        if self.seeds < 1:
-            raise ValueError(f"seeds is the number of seeds and must be at least 1; got {self.seeds}.")
+        for name in ("seeds", "draws", "ood_size", "train_size", "test_size"):
+            value = getattr(self, name)
+            if value is None and name in ("train_size", "test_size"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is a whole number of at least 1; got {value!r}.")
+        for name, changes in self.settings.items():
+            if not isinstance(changes, Mapping):
+                raise ValueError(f"The settings of {name} are {changes!r}; expected key: value, such as steps: 300.")
 
     def method(self, name: str) -> Method:
         """A method with this experiment's changes.
 
         Raises:
-            ValueError: a change that the method does not have.
+            ValueError: an unknown method, or a change that it does not have.
         """
+        if name not in METHODS:
+            raise ValueError(
+                f"Unknown method {name!r}. Did you mean {nearest(name, METHODS)!r}? Methods: {', '.join(METHODS)}."
+            )
         return METHODS[name].changed(self.settings.get(name, {}))
+
+    def needed(self) -> dict[str, Method]:
+        """The methods of the table, the pretrained model first, and those whose estimates they start from.
+
+        Raises:
+            ValueError: a method or setting that does not fit, or estimates that go round in a circle.
+        """
+        found: dict[str, Method] = {}
+        for name in dict.fromkeys(("zero-shot", *self.methods)):
+            chain: list[str] = []
+            following: str | None = name
+            while following is not None:
+                if following in chain:
+                    raise ValueError(f"The estimates go round in a circle: {' <- '.join([*chain, following])}.")
+                chain.append(following)
+                found[following] = self.method(following)
+                following = found[following].estimate
+        for method in found.values():
+            if method.engine != "none":
+                method.make_engine()
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved configuration: every default written out, every method with its engine's settings."""
         resolved = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         resolved["ood"], resolved["methods"] = list(self.ood), list(self.methods)
-        resolved["settings"] = {name: dict(values) for name, values in self.settings.items()}
+        resolved["settings"] = {name: method.to_dict() for name, method in self.needed().items()}
         return resolved
 
     @classmethod
@@ -140,7 +188,7 @@ def read_config(file: str | Path | None, changes: Sequence[str] = ()) -> dict[st
         if not path.is_file():
             raise FileNotFoundError(f"No config file at {str(file)!r}.")
         try:
-            values = yaml.safe_load(path.read_text()) or {}
+            values = yaml.load(path.read_text(), Loader=_Loader) or {}
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is not YAML: {error}") from error
         if not isinstance(values, dict):
@@ -149,10 +197,14 @@ def read_config(file: str | Path | None, changes: Sequence[str] = ()) -> dict[st
         key, equals, text = change.partition("=")
         if not equals:
             raise ValueError(f"Cannot read --set {change!r}; expected key=value, such as blob.kl_weight=0.3.")
-        value = yaml.safe_load(text)
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError as error:
+            raise ValueError(f"Cannot read --set {change!r}: {text!r} is not a value in YAML.") from error
         method, dot, setting = key.partition(".")
         if dot:
-            values.setdefault("settings", {}).setdefault(method, {})[setting] = value
+            settings = values["settings"] = dict(values.get("settings") or {})
+            settings[method] = {**(settings.get(method) or {}), setting: value}
         else:
             values[key] = value
     return values
@@ -170,16 +222,22 @@ def compare(config: ExperimentConfig, out: str | Path, *, progress: bool = True)
         The report, also written to ``out``.
 
     Raises:
-        ValueError: the folder holds results of another configuration.
+        ValueError: the folder holds results of another configuration, or the configuration does not fit; nothing has been
+            written then.
     """
     out = Path(out)
-    _claim(out, config)
+    needed = config.needed()
+    _check_claim(out, config)
+    foreign = {name: _at_most(task(name).test, config.ood_size) for name in config.ood}
+    data = task(config.task, data_dir=config.data_dir, train_size=config.train_size)
+    test = data.test if config.test_size is None else data.test.subset(config.test_size, seed=0)
     backbone = load_backbone(config.model, dtype=config.dtype, device=config.device)
+    for name in needed:
+        Cell(config, name, 0, out).model(backbone, data)  # refuses sites, ranks and priors that do not fit
+    _claim(out, config)
     reports = []
     for seed in range(config.seeds):
         data = task(config.task, data_dir=config.data_dir, train_size=config.train_size, seed=seed)
-        test = data.test if config.test_size is None else data.test.subset(config.test_size, seed=0)
-        foreign = {name: _at_most(task(name).test, config.ood_size) for name in config.ood}
         fitted: dict[str, Posterior] = {}
         for name in ("zero-shot", *(entry for entry in config.methods if entry != "zero-shot")):
             cell = Cell(config, name, seed, out / name / f"seed-{seed}")
@@ -208,28 +266,65 @@ def fit_one(config: ExperimentConfig, name: str, seed: int, folder: str | Path, 
         seed: the seed.
         folder: where the posterior goes.
         progress: show bars.
+
+    Raises:
+        ValueError: the folder holds a posterior of another method, seed or configuration.
     """
-    folder = Path(folder)
-    config.method(name)
+    folder = Path(folder).resolve()
+    check_place(folder)
+    config = dataclasses.replace(config, methods=(name,))
+    config.needed()
+    if (folder / POSTERIOR).is_file():
+        made = read_posterior_config(folder)["record"].get("cell")
+        if made != {"method": name, "seed": seed}:
+            raise ValueError(
+                f"{folder} holds a posterior of {made}, and now method {name!r} under seed {seed} is asked for. Use another "
+                "--out, or delete the folder."
+            )
+        _check_claim(folder, config)
     data = task(config.task, data_dir=config.data_dir, train_size=config.train_size, seed=seed)
     backbone = load_backbone(config.model, dtype=config.dtype, device=config.device)
-    posterior = Cell(config, name, seed, folder).posterior(backbone, data, {}, progress)
-    _write_config(folder, config)
+    # beside the posterior, because saving replaces the folder; claimed, so that only the same fit takes it up again
+    estimates = folder.with_name(folder.name + ".estimate")
+    if config.method(name).estimate is not None:
+        _claim(estimates, config)
+    posterior = Cell(config, name, seed, folder, estimates).posterior(backbone, data, {}, progress)
+    shutil.rmtree(estimates, ignore_errors=True)
+    if not (folder / POSTERIOR).is_file():  # the pretrained model is kept nowhere else
+        posterior.record["cell"] = {"method": name, "seed": seed}
+        posterior.save_pretrained(folder)
+    _write_config(folder, config.to_dict())
     return posterior
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One method under one seed, with the folder that its results live in."""
+    """One method under one seed, with the folder that its results live in.
+
+    Attributes:
+        config: the experiment.
+        name: the method.
+        seed: the seed.
+        folder: where its posterior and report are kept.
+        estimates: folder with a folder a method, where a posterior that this one starts from is kept; by default the
+            experiment's own.
+    """
 
     config: ExperimentConfig
     name: str
     seed: int
     folder: Path
+    estimates: Path | None = None
 
     def report(self) -> Report | None:
         """The finished report, if there is one."""
         return Report.load(self.folder) if (self.folder / "report.json").is_file() else None
+
+    def model(self, backbone: Backbone, data: Task) -> BayesianModel:
+        """The method's model: the experiment's adapter and its own, under its prior."""
+        method = self.config.method(self.name)
+        adapters = [declared(text, Adapter.registered, "adapter") for text in (self.config.adapter, *method.adapters)]
+        return BayesianModel(backbone, data, adapter=adapters, prior=declared_prior(method.prior))
 
     def posterior(self, backbone: Backbone, data: Task, fitted: dict[str, Posterior], progress: bool) -> Posterior:
         """The fitted posterior, read from the folder if it was kept, else fitted and kept.
@@ -241,9 +336,8 @@ class Cell:
             progress: show bars.
         """
         method = self.config.method(self.name)
-        adapters = [declared(text, Adapter.registered, "adapter") for text in (self.config.adapter, *method.adapters)]
-        model = BayesianModel(backbone, data, adapter=adapters, prior=declared_prior(method.prior))
-        if (self.folder / "posterior_config.json").is_file():
+        model = self.model(backbone, data)
+        if (self.folder / POSTERIOR).is_file():
             return Posterior.from_pretrained(self.folder, model=model)
         if method.engine == "none":
             return Posterior(model, build_guide(Point(), model), {"engine": "none", "num_data": len(data.train)})
@@ -251,11 +345,14 @@ class Cell:
         before = Cost(0.0, 0)
         if method.estimate is not None:
             if method.estimate not in fitted:
-                folder = self.folder.parent.parent / method.estimate / self.folder.name
-                other = dataclasses.replace(self, name=method.estimate, folder=folder)
+                root = self.folder.parent.parent if self.estimates is None else self.estimates
+                other = dataclasses.replace(
+                    self, name=method.estimate, folder=root / method.estimate / f"seed-{self.seed}"
+                )
                 fitted[method.estimate] = other.posterior(backbone, data, fitted, progress)
             arguments["estimate"] = fitted[method.estimate]
-            before = Cost.from_dict(fitted[method.estimate].record["cost"])
+            if "cost" in fitted[method.estimate].record:
+                before = Cost.from_dict(fitted[method.estimate].record["cost"])
         training = self.folder.with_name(self.folder.name + ".training")
         seeded = {} if method.engine == "Laplace" else {"seed": self.seed, "checkpoint": training}
         engine = method.make_engine(**seeded)
@@ -269,6 +366,7 @@ class Cell:
         # what an estimate cost is part of what the method costs
         total = Cost(cost.seconds + before.seconds, max(cost.peak_memory_bytes, before.peak_memory_bytes))
         posterior.record["cost"] = total.to_dict()
+        posterior.record["cell"] = {"method": self.name, "seed": self.seed}
         posterior.save_pretrained(self.folder)
         shutil.rmtree(training, ignore_errors=True)
         return posterior
@@ -278,26 +376,40 @@ def _at_most(split: Split, size: int) -> Split:
     return split if len(split) <= size else split.subset(size, seed=0)
 
 
-def _claim(out: Path, config: ExperimentConfig) -> None:
-    """Write the resolved configuration, or check that what the folder holds was made with the same settings.
+def _check_claim(out: Path, config: ExperimentConfig) -> dict[str, Any]:
+    """What the folder's configuration says, if what the folder holds was made with the same settings.
 
     Methods and seeds are cells of the same table, so more of them may be added later.
     """
     path = out / CONFIG
+    if not path.is_file():
+        return {}
+    stored = yaml.load(path.read_text(), Loader=_Loader)
     resolved = json.loads(json.dumps(config.to_dict()))
-    if path.is_file():
-        stored = yaml.safe_load(path.read_text())
-        for key, value in resolved.items():
-            if key not in ("methods", "seeds") and stored.get(key) != value:
-                raise ValueError(
-                    f"{out} holds results with {key}={stored.get(key)!r}, and now {key}={value!r} is asked for. "
-                    "Use another --out, or delete the folder."
-                )
-    _write_config(out, config)
+    pairs = [(key, stored.get(key), value) for key, value in resolved.items() if key not in GROWING]
+    for name, settings in stored["settings"].items():
+        asked = resolved["settings"].get(name, settings)
+        pairs += [(f"{name}.{key}", settings.get(key), asked.get(key)) for key in {**settings, **asked}]
+    for key, before, now in pairs:
+        if before != now:
+            raise ValueError(
+                f"{out} holds results with {key}={before!r}, and now {key}={now!r} is asked for. "
+                "Use another --out, or delete the folder."
+            )
+    return stored
 
 
-def _write_config(out: Path, config: ExperimentConfig) -> None:
+def _claim(out: Path, config: ExperimentConfig) -> None:
+    """Write the resolved configuration of everything that the folder holds or will hold."""
+    stored, resolved = _check_claim(out, config), config.to_dict()
+    resolved["methods"] = list(dict.fromkeys([*stored.get("methods", ()), *config.methods]))
+    resolved["seeds"] = max(stored.get("seeds", 1), config.seeds)
+    resolved["settings"] = {**stored.get("settings", {}), **resolved["settings"]}
+    _write_config(out, resolved)
+
+
+def _write_config(out: Path, resolved: Mapping[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     partial = out / f".{CONFIG}.{os.getpid()}"
-    partial.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    partial.write_text(yaml.safe_dump(json.loads(json.dumps(resolved)), sort_keys=False))
     partial.replace(out / CONFIG)

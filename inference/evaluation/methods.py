@@ -61,6 +61,14 @@ class Method:
             return set()
         return {entry.name for entry in fields(ENGINES[self.engine])} - {"guide", "estimate", "checkpoint", "seed"}
 
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that `changed` takes, with every default of the engine written out."""
+        own = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "settings"}
+        own["adapters"] = list(self.adapters)
+        engine = ENGINES[self.engine]() if self.engine in ENGINES else None
+        settings = {key: self.settings.get(key, getattr(engine, key)) for key in sorted(self.setting_names())}
+        return own | settings
+
     def make_engine(self, **more: Any) -> Any:
         """The engine with its settings and whatever the experiment adds (seed, checkpoint folder).
 
@@ -73,8 +81,15 @@ class Method:
                 f"Engines: {', '.join(ENGINES)}."
             )
         settings = {**self.settings, **more}
+        defaults = ENGINES[self.engine]()
+        for key, value in self.settings.items():
+            number = isinstance(getattr(defaults, key, None), int | float)
+            if number and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ValueError(f"The setting {key!r} of {self.engine} is a number; got {value!r}.")
         if self.guide is not None:
             guide = self.guide
+            if not issubclass(ENGINES[self.engine], SVI):
+                raise ValueError(f"The engine {self.engine} takes no guide; got {guide!r}. Use SVI, or leave it out.")
             settings["guide"] = (
                 declared(guide, Family.registered, "guide")
                 if isinstance(guide, str)

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from pyrolora.guides import Guide, build_guide
 from pyrolora.guides.base import Family
-from pyrolora.guides.full_covariance import FullCovariance, FullCovarianceFactor
+from pyrolora.guides.full_covariance import MOST_WEIGHTS, FullCovariance, FullCovarianceFactor
 from pyrolora.guides.mean_field import MeanField, NormalFactor
 from pyrolora.guides.point import Point
 from pyrolora.inference.laplace.curvature import LogitGradients, diagonal_curvature, full_curvature
@@ -105,10 +105,12 @@ class Laplace:
             validation: data for ``precision="validation"``; never the test data.
 
         Raises:
-            ValueError: no site of that pattern, a prior that is not Normal, or no validation data where they are needed.
+            ValueError: no site of that pattern, a prior that is not Normal, no validation data where they are needed,
+                an estimate of other sites, or a site that a dense covariance cannot take.
         """
         names = self._names(model)
         priors = declared_prior(model, names)
+        self._check_dense(model, priors)
         if self.precision == "validation" and validation is None:
             raise ValueError(
                 "precision='validation' needs data to choose on: pass validation=task.validation to fit, or use "
@@ -118,7 +120,15 @@ class Laplace:
         encoded.require_trainable()
         if estimate is None:
             estimate = self.estimate.fit(model, encoded, progress=progress, generator=generator)
+            # a learned scale has moved during the fit
+            priors = declared_prior(model, names)
         mean = estimate.mean()
+        for name, site in model.sites.items():
+            if name not in mean or mean[name].shape != site.shape:
+                raise ValueError(
+                    f"The estimate has no value for the site {name!r} of shape {tuple(site.shape)}; its sites are "
+                    f"{', '.join(mean)}. Pass a posterior of a model with the same adapters, or none to fit MAP here."
+                )
         gradients = LogitGradients(model, mean, names)
         trunks = TrunkCache(model.backbone, model.first_block, len(encoded))
 
@@ -168,6 +178,23 @@ class Laplace:
                 f"Laplace found no site matching {pattern!r} among {', '.join(model.adapter_sites)}.{remedy}"
             )
         return names
+
+    def _check_dense(self, model: BayesianModel, priors: Mapping[str, NormalPrior]) -> None:
+        """Refuse, before any work, what a dense covariance cannot hold or its eigenvalues cannot describe."""
+        if self.structure == "diag":
+            return
+        for name, prior in priors.items():
+            if model.sites[name].numel > MOST_WEIGHTS:
+                raise ValueError(
+                    f"A dense covariance takes a site of at most {MOST_WEIGHTS:,} weights; {name!r} has "
+                    f"{model.sites[name].numel:,}. Use structure='diag' there."
+                )
+            if prior.precision.numel() > 1:
+                raise ValueError(
+                    f"structure={self.structure!r} needs one prior scale for the whole site {name!r}; the declared "
+                    f"Normal has scales of shape {tuple(prior.precision.shape)}. Declare dist.Normal(0., 0.1) there, "
+                    "or use structure='diag'."
+                )
 
     def _best_scale(
         self,

@@ -31,6 +31,7 @@ class LoRA(Adapter):
         alpha: numerator of the scaling ``alpha / rank``.
         targets: projections to adapt: last parts of module names, one regular expression, or ``"all-linear"``.
         layers: numbers of the blocks to adapt (negative from the last); None for all.
+        name: put before the names of the sites, as in ``top.q_proj.lora_A``, to tell several LoRAs of one model apart.
 
     Raises:
         ValueError: the rank is not positive, or alpha not positive.
@@ -42,6 +43,7 @@ class LoRA(Adapter):
         default=("q_proj", "v_proj"), metadata={"help": "projections to adapt, as PEFT's target_modules"}
     )
     layers: tuple[int, ...] | None = field(default=None, metadata={"help": "blocks to adapt; None for all"})
+    name: str = field(default="", metadata={"help": "put before the names of the sites"})
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -75,7 +77,8 @@ class LoRA(Adapter):
                 ("lora_B", (count, out_features, self.rank), ("layer", "out_feature", "rank")),
             ):
                 keys = tuple(f"base_model.model.{path}.{factor}.weight" for path in modules)
-                sites.append(Site(f"{kind}.{factor}", torch.Size(shape), dims, modules, keys, layers))
+                label = f"{self.name}.{kind}.{factor}" if self.name else f"{kind}.{factor}"
+                sites.append(Site(label, torch.Size(shape), dims, modules, keys, layers))
         return tuple(sites)
 
     def initial(

@@ -28,8 +28,18 @@ def find_projections(
         kind -> list of (block number, module path, module), by block.
 
     Raises:
-        ValueError: a target or a block number that the network does not have.
+        ValueError: a target or a block number that the network does not have, no target, or a bad regular expression.
     """
+    if not targets:
+        raise ValueError('No projection is selected: targets is empty. Name some, such as ["q_proj", "v_proj"].')
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise ValueError(
+                f"The target {targets!r} is no regular expression: {error}. Give one that matches whole module paths, "
+                'a list of names such as ["q_proj"], or "all-linear".'
+            ) from error
     found: list[tuple[str, int, str, nn.Linear]] = []
     available: dict[str, str] = {}
     for path, module in backbone.network.named_modules():
@@ -41,6 +51,11 @@ def find_projections(
         if isinstance(module, nn.Linear) and _selected(path, kind, targets):
             found.append((kind, int(number[1]), path, module))
     wanted = [targets] if isinstance(targets, str) else list(targets)
+    if isinstance(targets, str) and not found and targets in available:
+        raise ValueError(
+            f"The target {targets!r} is one string, and so a regular expression that must match the whole module path, "
+            f"as in PEFT; none of {backbone.name} matches. To name projections, give a list: [{targets!r}]."
+        )
     linear = sorted(kind for kind, name in available.items() if name == "Linear")
     for target in wanted:
         if isinstance(targets, str) and found:

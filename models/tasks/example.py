@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pyrolora.models.tasks.nearest import suggestion
+from pyrolora.models.naming import suggestion
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from pyrolora.models.naming import suggestion
 from pyrolora.models.tasks.example import Example
-from pyrolora.models.tasks.nearest import suggestion
 from pyrolora.models.tasks.prompts import (
     EncodedRow,
     continuation_ids,

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pyrolora.models.naming import suggestion
 from pyrolora.models.tasks.example import Example
-from pyrolora.models.tasks.nearest import suggestion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

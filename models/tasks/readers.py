@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pyrolora.models.naming import suggestion
 from pyrolora.models.tasks.example import Example, Row
-from pyrolora.models.tasks.nearest import suggestion
 
 Reader = Callable[[Row], Example]
 

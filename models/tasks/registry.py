@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from pyrolora.models.naming import suggestion
 from pyrolora.models.tasks.catalogue import SHIPPED
 from pyrolora.models.tasks.example import Example, Row
-from pyrolora.models.tasks.nearest import suggestion
 from pyrolora.models.tasks.readers import Reader
 from pyrolora.models.tasks.sources import Package, Parts
 from pyrolora.models.tasks.task import Split, Task, TaskSpec

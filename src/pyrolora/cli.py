@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,8 +15,9 @@ import typer
 from pyrolora.inference.evaluation.experiment import ExperimentConfig, compare, read_config
 from pyrolora.inference.evaluation.harness import evaluate
 from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.storage import read_config as read_config_of
 from pyrolora.models.adapters import Adapter
-from pyrolora.models.backbones import load_backbone
+from pyrolora.models.backbones import Backbone, load_backbone
 from pyrolora.models.declarations import declared, declared_prior
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import Example, Split
@@ -47,7 +48,7 @@ def _plain_errors() -> Iterator[None]:
     """One sentence for a user's mistake, and the shell's exit code for an interruption."""
     try:
         yield
-    except (ValueError, TypeError, FileNotFoundError, FloatingPointError, KeyError) as error:
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError, FloatingPointError, KeyError) as error:
         message = error.args[0] if isinstance(error, KeyError) else error
         typer.secho(f"Error: {message}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from error
@@ -130,10 +131,15 @@ def fit_command(
 
 
 def _load(folder: Path, model: str | None, dtype: str | None, device: str | None, data_dir: str | None) -> Posterior:
-    recorded = json.loads((folder / "posterior_config.json").read_text()) if folder.is_dir() else {}
-    name = model or recorded.get("backbone", {}).get("name", "smollm2-135m")
-    backbone = load_backbone(name, dtype=dtype or "auto", device=device or "cpu")
+    name = model or read_config_of(folder)["backbone"]["name"]
+    backbone = _backbone(name, dtype or "auto", device or "cpu")
     return Posterior.from_pretrained(folder, backbone, data_dir=data_dir)
+
+
+@cache
+def _backbone(name: str, dtype: str, device: str) -> Backbone:
+    # several posteriors of one model share it: each copy would be half a gigabyte
+    return load_backbone(name, dtype=dtype, device=device)
 
 
 @_command
@@ -151,6 +157,12 @@ def evaluate_command(
     """Judge kept posteriors on their task's test items."""
     posteriors = {str(folder): _load(folder, model, dtype, device, data_dir) for folder in folders}
     first = next(iter(posteriors.values()))
+    for name, posterior in posteriors.items():
+        if posterior.model.task.name != first.model.task.name:
+            raise ValueError(
+                f"{name} is a posterior of the task {posterior.model.task.name!r}, and {folders[0]} of "
+                f"{first.model.task.name!r}. Evaluate them apart."
+            )
     foreign = {name: load_task(name).test for name in (ood.split(",") if ood else ())}
     report = evaluate(posteriors, first.model.task.test, ood=foreign, draws=draws, progress=not quiet)
     typer.echo(report.to_markdown())
@@ -173,6 +185,8 @@ def predict_command(
 ) -> None:
     """Print class probabilities and uncertainty of texts, one JSON object a line."""
     lines = texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not lines:
+        raise ValueError("There is no text to classify. Give one as an argument, or lines on standard input.")
     posterior = _load(folder, model, dtype, device, data_dir)
     task = posterior.model.task
     shown = task.format.fields

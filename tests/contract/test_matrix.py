@@ -1,0 +1,153 @@
+"""Every engine with every guide, adapter, noise scope, float type and checkpointing: it works, or it says why not.
+
+Engine x guide x adapter is walked in full, since their code meets, at the defaults of the rest (example noise, float32,
+no checkpointing). Noise acts through effect handlers: both scopes meet every engine, with both adapters in the model.
+Float type and checkpointing act in the backbone: all six pairs meet every engine under example noise, and `BLoB` under
+weight noise too. Left out are float type x noise for the other engines, and both with a single adapter: no code there
+looks at two of them.
+"""
+
+import copy
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyrolora.guides import BLoB, FullCovariance, LowRank, MeanField, Point
+from pyrolora.inference.laplace import Laplace
+from pyrolora.inference.map import MAP
+from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.svi import SVI
+from pyrolora.models.adapters import LastLayer, LoRA
+from pyrolora.models.priors import Flat, learned
+
+STEPS = 2
+ADAPTERS = {"LoRA": (LoRA(rank=2),), "LoRA+LastLayer": (LoRA(rank=2), LastLayer()), "LastLayer": (LastLayer(),)}
+ENGINES = {
+    "MAP": lambda noise: MAP(steps=STEPS, noise=noise),
+    "SVI Point": lambda noise: SVI(guide=Point(), steps=STEPS, noise=noise),
+    "SVI MeanField": lambda noise: SVI(guide=MeanField(), steps=STEPS, noise=noise),
+    "SVI BLoB": lambda noise: SVI(guide=BLoB(), steps=STEPS, noise=noise),
+    "SVI LowRank": lambda noise: SVI(guide=LowRank(rank=2), steps=STEPS, noise=noise),
+    "SVI FullCovariance": lambda noise: SVI(guide=FullCovariance(), steps=STEPS, noise=noise),
+    "Laplace diag": lambda noise: Laplace(estimate=MAP(steps=STEPS, noise=noise)),
+    "Laplace last_layer": lambda noise: Laplace(structure="last_layer", estimate=MAP(steps=STEPS, noise=noise)),
+}
+# (engine, adapter) -> a part of the sentence that says why not
+REFUSED = {("Laplace last_layer", "LoRA"): r"Add LastLayer\(\) to the model's adapters"}
+
+PAIRS = [(engine, adapter, "example", torch.float32, False) for engine in ENGINES for adapter in ADAPTERS]
+SCOPES = [(engine, "LoRA+LastLayer", "weight", torch.float32, False) for engine in ENGINES]
+DTYPES = [
+    (engine, "LoRA+LastLayer", noise, dtype, checkpointing)
+    for engine, noise in (("SVI BLoB", "example"), ("SVI BLoB", "weight"), *((name, "example") for name in ENGINES))
+    for dtype in (torch.float32, torch.bfloat16, torch.float64)
+    for checkpointing in (False, True)
+]
+# once each, in the order of the lists above
+SELECTION = list(dict.fromkeys(PAIRS + SCOPES + DTYPES))
+
+
+@pytest.fixture
+def make(three_topics_model):
+    def build(adapter, dtype, checkpointing, prior=None):
+        model = three_topics_model(dtype, adapter=list(ADAPTERS[adapter]), prior=prior)
+        if checkpointing:
+            # transformers checkpoints in training mode only
+            model.backbone.network.gradient_checkpointing_enable({"use_reentrant": False})
+            model.backbone.network.train()
+        return model
+
+    return build
+
+
+def draws_of(posterior):
+    return posterior.sample(3, generator=torch.Generator().manual_seed(0))
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name])
+
+
+def check_contract(model, posterior, folder):
+    """What every posterior promises, whichever engine fitted it."""
+    draws = draws_of(posterior)
+    for name, site in model.sites.items():
+        assert draws[name].shape == (3, *site.shape)
+        assert draws[name].dtype == model.backbone.site_dtype
+        assert draws[name].isfinite().all()
+        assert posterior.mean()[name].shape == site.shape
+    assert posterior.log_prob(draws).shape == (3,)
+
+    for kind in posterior.kinds:
+        predictive = posterior.predict(
+            model.task.test, draws=4, kind=kind, generator=torch.Generator().manual_seed(0), batch_size=4
+        )
+        assert predictive.probs.shape[1:] == (len(model.task.test), 3)
+        assert predictive.probs.shape[0] == 1 or kind != "mean"
+        torch.testing.assert_close(predictive.probs.sum(-1), torch.ones(predictive.probs.shape[:2]))
+        assert predictive.log_likelihood.isfinite().all()
+
+    assert_same(draws_of(Posterior.from_pretrained(posterior.save_pretrained(folder), model=model)), draws)
+
+    twin = copy.deepcopy(posterior.guide)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(1.0)
+    assert_same(draws_of(posterior), draws)
+
+    tree = posterior.to_arviz(draws=2, data=model.task.test)
+    assert set(tree["posterior"].data_vars) == set(model.sites)
+    assert tree["posterior_predictive"]["probability"].shape == (1, 2, len(model.task.test), 3)
+
+
+def readable(level):
+    return (
+        {False: "plain", True: "checkpointed"}[level] if isinstance(level, bool) else str(level).removeprefix("torch.")
+    )
+
+
+@pytest.mark.parametrize(("engine", "adapter", "noise", "dtype", "checkpointing"), SELECTION, ids=readable)
+def test_it_works_or_says_why_not(make, tmp_path, engine, adapter, noise, dtype, checkpointing):
+    model = make(adapter, dtype, checkpointing)
+
+    def fit():
+        return ENGINES[engine](noise).fit(model, model.task.train, progress=False)
+
+    if reason := REFUSED.get((engine, adapter)):
+        with pytest.raises(ValueError, match=reason):
+            fit()
+        return
+    check_contract(model, fit(), tmp_path / "posterior")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("prior", [Flat(), learned(0.1), dist.Laplace(0.0, 0.2)], ids=["flat", "learned", "laplace"])
+def test_every_prior_works_or_says_why_not(make, tmp_path, engine, prior):
+    model = make("LoRA+LastLayer", torch.float32, False, prior)
+
+    def fit():
+        return ENGINES[engine]("example").fit(model, model.task.train, progress=False)
+
+    if engine.startswith("Laplace") and not isinstance(prior, type(learned(0.1))):
+        with pytest.raises(ValueError, match="Laplace needs a Normal prior"):
+            fit()
+        return
+    check_contract(model, fit(), tmp_path / "posterior")
+
+
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name.startswith("SVI")])
+def test_svi_histories_are_finite_and_one_entry_a_step(make, engine):
+    model = make("LoRA+LastLayer", torch.float32, False)
+    history = ENGINES[engine]("example").fit(model, model.task.train, progress=False).record["history"]
+    assert [entry["step"] for entry in history] == list(range(1, STEPS + 1))
+    assert all(math.isfinite(value) for entry in history for value in entry.values())
+
+
+def test_the_selection_walks_each_factor():
+    assert {entry[:2] for entry in SELECTION} == {(engine, adapter) for engine in ENGINES for adapter in ADAPTERS}
+    for place, levels in ((2, 2), (3, 3), (4, 2)):
+        assert len({entry[place] for entry in SELECTION}) == levels

