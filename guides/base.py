@@ -1,7 +1,7 @@
 """Guides built from a site table, and the families they are made of."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, TypeAlias
 
@@ -65,6 +65,13 @@ class Family(ABC):
 
         Shape:
             start has the site's shape.
+        """
+
+    def check(self, sites: Sequence[Site]) -> None:  # noqa: B027 - most families fit any set of sites
+        """Refuse a set of sites on which the family as a whole would not do what its name says.
+
+        Args:
+            sites: all sites that this family was given.
         """
 
     def to_dict(self) -> dict[str, Any]:
@@ -243,4 +250,7 @@ def resolve(specification: GuideSpecification, sites: SiteTable) -> dict[str, Fa
         ValueError: an unknown site, a gap or an overlap; the nearest name is offered.
         TypeError: something that is not a family.
     """
-    return sites.assign(by_pattern(specification), "guide")
+    families: dict[str, Family] = sites.assign(by_pattern(specification), "guide")
+    for family in by_pattern(specification).values():
+        family.check([sites[name] for name, given in families.items() if given is family])
+    return families

@@ -1,5 +1,6 @@
 """Bayesian low-rank adaptation by backpropagation: a Normal on A, a point on B."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -45,6 +46,18 @@ class BLoB(Family):
 
     def __post_init__(self) -> None:
         require_positive(self.init_scale)
+
+    def check(self, sites: Sequence[Site]) -> None:
+        """See `Family.check`.
+
+        Raises:
+            ValueError: no site matches ``sites``, so that everything would be a point.
+        """
+        if not any(site.matches(self.sites) for site in sites):
+            raise ValueError(
+                f"BLoB makes sites that match {self.sites!r} Bayesian, and none of {', '.join(s.name for s in sites)} does. "
+                "Give it LoRA sites, or name the sites, as in BLoB(sites='head.weight')."
+            )
 
     def factor(self, site: Site, start: Tensor, prior: TorchDistribution) -> Factor:
         """See `Family.factor`."""

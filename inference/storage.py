@@ -183,7 +183,12 @@ def load(
             f"The posterior in {folder} belongs to the adapters {saved}, and the model has {given}. Build the model with "
             "the adapters it was saved with."
         )
-    families = {name: Family.from_dict(entry) for name, entry in config["guide"].items()}
+    # one instance for all sites of one family: a family judges the sites that it was given together
+    made: dict[str, Family] = {}
+    families = {
+        name: made.setdefault(json.dumps(entry, sort_keys=True), Family.from_dict(entry))
+        for name, entry in config["guide"].items()
+    }
     guide = build_guide(resolve(families, model.sites), model)
     for name, factor in guide.items():
         prefix = f"guide/{name}/"

@@ -1,6 +1,6 @@
 """Stochastic variational inference: the true ELBO per example, one torch optimiser, resumable step by step."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from pyrolora.guides import BLoB
 from pyrolora.guides.base import Family, GuideSpecification, by_pattern
-from pyrolora.inference.engine import StepStats
 from pyrolora.inference.noise import SCOPES
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.training import TrainingRun
@@ -118,16 +117,29 @@ class SVI:
             ValueError: empty or one-class data, or a guide that does not fit the model's sites.
             FloatingPointError: the loss stopped being finite; the message names step and site.
         """
-        run = TrainingRun(self, model, data, generator=generator, start=start)
-        for _ in run.iterate(progress=progress):
+        run = self.iterate(model, data, generator=generator, start=start)
+        for _ in run.steps(progress=progress):
             pass
         return run.posterior()
 
     def iterate(
-        self, model: BayesianModel, data: Split | EncodedSplit, *, generator: torch.Generator | None = None
-    ) -> Iterator[StepStats]:
-        """One optimisation step an item; `fit` is a loop over it."""
-        return TrainingRun(self, model, data, generator=generator).iterate()
+        self,
+        model: BayesianModel,
+        data: Split | EncodedSplit,
+        *,
+        generator: torch.Generator | None = None,
+        start: Mapping[str, Tensor] | None = None,
+    ) -> TrainingRun:
+        """One optimisation step an item, `StepStats`; `fit` is a loop over it.
+
+        Usage::
+
+            run = SVI().iterate(model, task.train)
+            for stats in run:
+                ...
+            posterior = run.posterior()
+        """
+        return TrainingRun(self, model, data, generator=generator, start=start)
 
     def to_dict(self) -> dict[str, Any]:
         """Settings, ready for JSON."""

@@ -95,7 +95,11 @@ class TrainingRun:
             "data": self.data_digest,
         }
 
-    def iterate(self, progress: bool = False) -> Iterator[StepStats]:
+    def __iter__(self) -> Iterator[StepStats]:
+        """Run the remaining steps, one an item."""
+        return self.steps()
+
+    def steps(self, progress: bool = False) -> Iterator[StepStats]:
         """Run the remaining steps, one an item, writing checkpoints on the way and on interruption."""
         engine = self.engine
         self._refill_trunks()

@@ -117,6 +117,17 @@ class Backbone:
 
         return hook
 
+    def checkpoint_gradients(self) -> None:
+        """Recompute activations during backward instead of keeping them: less memory, about a third more time.
+
+        Only the modules that checkpoint are put into training mode, so dropout stays off; the non-reentrant form is the one
+        under which a bound draw gives the same gradients.
+        """
+        self.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for module in self.network.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.training = True
+
     def hidden_states(
         self, batch: Mapping[str, Tensor], *, trunk: Tensor | None = None, first_block: int = 0
     ) -> Tensor:

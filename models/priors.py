@@ -153,7 +153,8 @@ class Prior:
             declaration = self.declared[name]
             if isinstance(declaration, Learned) and progress >= declaration.after:
                 pooled = declaration.strength * declaration.scale**2 + second_moments[name]
-                scale.copy_((pooled / (declaration.strength + 1)).sqrt())
+                # all means may collapse when nothing holds the scale up; a Normal of no width would then be NaN
+                scale.copy_((pooled / (declaration.strength + 1)).sqrt().clamp_min(1e-4 * declaration.scale))
 
     def to_dict(self) -> dict[str, Any]:
         """Site name -> JSON description. A callable is recorded as such and cannot be rebuilt from it."""

@@ -14,8 +14,8 @@
 # %% [markdown]
 # # Quickstart: a posterior over an adapter
 #
-# A language model of 135 million weights is adapted to sort BBC headlines into five topics from 300 examples. A plain fine-tune
-# is overconfident; here the adapter's weights get a prior, two engines infer a posterior, and we look at both.
+# A language model of 135 million weights is adapted to sort BBC headlines into five topics from 300 examples. A plain
+# fine-tune is overconfident; here the adapter's weights get a prior, two engines infer a posterior, and we look at both.
 #
 # With `SMOKE=1` in the environment every loop is cut short, which is how the test suite runs this notebook.
 
@@ -32,14 +32,14 @@ import pyrolora as pl
 from pyrolora.inference.arviz import to_inference_data
 
 SMOKE = os.environ.get("SMOKE") == "1"
-STEPS, MAP_STEPS, TEST, DRAWS = (4, 4, 24, 2) if SMOKE else (300, 150, 300, 10)
+STEPS, TEST, DRAWS = (4, 24, 2) if SMOKE else (150, 300, 10)
 
 # %% [markdown]
 # ## Backbone, task, prior
 #
-# The backbone stays frozen and untouched. Each kind of projection has two *sites*, stacked over layers: `q_proj.lora_A` holds
-# the A factors of all 30 query projections. The prior is declared by pattern: a Normal on A, and a deliberately flat one on B,
-# which BLoB keeps as a point.
+# The backbone stays frozen and untouched. Each kind of projection has two *sites*, stacked over layers:
+# `q_proj.lora_A` holds the A factors of all 30 query projections. The prior is declared by pattern; `pl.Flat()` and
+# `pl.learned(0.05)` are allowed too.
 
 # %%
 backbone = pl.load_backbone("smollm2-135m", dtype="auto")
@@ -48,13 +48,13 @@ model = pl.BayesianModel(
     backbone,
     task,
     adapter=pl.LoRA(rank=8, alpha=16, targets=["q_proj", "v_proj"]),
-    prior={"*.lora_A": dist.Normal(0.0, 0.2), "*.lora_B": pl.Flat()},
+    prior={"*.lora_A": dist.Normal(0.0, 0.05), "*.lora_B": dist.Normal(0.0, 0.05)},
 )
 model.print_sites()
 
 # %% [markdown]
-# A prior may also be a function of the site, and may itself sample. This one learns the relevance of each rank (automatic
-# relevance determination); its scales become sites of their own, with a posterior like any other.
+# A prior may also be a function of the site, and may itself sample. This one learns the relevance of each rank
+# (automatic relevance determination); its scales become sites of their own, with a posterior like any other.
 
 
 # %%
@@ -70,20 +70,23 @@ pl.BayesianModel(backbone, task, prior=relevance).print_sites()
 # %% [markdown]
 # ## Two engines
 #
-# BLoB by stochastic variational inference. `kl_weight=0.1` is a *cold* posterior: a tenth of the true weight of the KL, chosen
-# on validation data, and named as such. `kl_weight=1` is the true ELBO.
+# BLoB by stochastic variational inference: a Normal on every A, a point on every B. `kl_weight=0.01` is a *cold*
+# posterior, a hundredth of the true weight of the KL, chosen on validation data and named as such; 1 is the true ELBO.
 
 # %%
-blob = pl.SVI(guide=pl.BLoB(), steps=STEPS, kl_weight=0.1).fit(model, task.train)
+blob = pl.SVI(guide=pl.BLoB(), steps=STEPS, kl_weight=0.01).fit(model, task.train)
 
 # %% [markdown]
-# Laplace's approximation around a MAP estimate. It needs a proper Normal prior on every site that becomes Normal. The MAP
-# estimate is judged too, so that the gain of the posterior over its own mean is visible.
+# Laplace's approximation around a MAP estimate. It needs a Normal prior on every site that becomes Normal; the factor
+# on its precision is chosen on validation data. The MAP estimate is judged too, so that the gain of the posterior over
+# its own mean is visible.
 
 # %%
 normal_model = pl.BayesianModel(backbone, task, prior=dist.Normal(0.0, 1.0))
-map_estimate = pl.MAP(steps=MAP_STEPS).fit(normal_model, task.train)
-laplace = pl.Laplace(structure="diag", precision="evidence").fit(normal_model, task.train, estimate=map_estimate)
+map_estimate = pl.MAP(steps=STEPS).fit(normal_model, task.train)
+laplace = pl.Laplace(structure="diag", precision="validation").fit(
+    normal_model, task.train, estimate=map_estimate, validation=task.validation
+)
 
 # %% [markdown]
 # ## One table, one picture
@@ -111,7 +114,7 @@ tree
 
 # %%
 q_proj = tree["posterior"]["q_proj.lora_A"]
-shrinkage = 1 - q_proj.std(["chain", "draw"]).mean(["rank", "in_feature"]) / 0.2
+shrinkage = 1 - q_proj.std(["chain", "draw"]).mean(["rank", "in_feature"]) / 0.05
 signal = abs(q_proj.mean(["chain", "draw"])).mean(["rank", "in_feature"])
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), constrained_layout=True)
 axes[0].bar(shrinkage.layer, shrinkage)
@@ -127,12 +130,13 @@ az.summary(to_inference_data(tree), var_names=["q_proj.lora_A"], kind="stats", c
 # %% [markdown]
 # ## Use it
 #
-# A headline the model has never seen, and a sentence that is no headline at all. Entropy of the mean prediction splits into
+# A headline the model has never seen, and a sentence that is no headline at all. Entropy of the mean prediction
+# splits into
 # what more data could remove (mutual information) and what it could not.
 
 # %%
-from pyrolora.inference.evaluation import decompose  # noqa: E402
-from pyrolora.models.tasks import Example, Split  # noqa: E402
+from pyrolora.inference.evaluation import decompose
+from pyrolora.models.tasks import Example, Split
 
 texts = ["Champions crash out of cup on penalties", "Central bank holds interest rates", "qwerty uiop asdf"]
 asked = Split("asked", task.name, tuple(Example({"text": text}, label=0) for text in texts), len(task.labels))
@@ -147,8 +151,8 @@ for text, probs, total, epistemic in zip(texts, predictive.mean_probs, split.tot
 # The folder also holds the posterior mean as a plain PEFT adapter.
 
 # %%
-import tempfile  # noqa: E402
-from pathlib import Path  # noqa: E402
+import tempfile
+from pathlib import Path
 
 folder = Path(tempfile.mkdtemp()) / "blob"
 blob.save_pretrained(folder)

@@ -13,12 +13,6 @@ from pyrolora.models.tasks import encode
 DRAWS = 5
 
 
-def checkpointed(network):
-    """Switch on non-reentrant checkpointing; transformers applies it in training mode only (this Llama has no dropout)."""
-    network.gradient_checkpointing_enable({"use_reentrant": False})
-    network.train()
-
-
 def forwards_of(block):
     """A list that grows with each forward of a block: checkpointing adds one during backward."""
     seen = []
@@ -35,12 +29,12 @@ def test_checkpointing_changes_no_gradient_of_a_whole_step(three_topics_model, g
     for switch in (False, True):
         model = three_topics_model(torch.float32, adapter=[LoRA(rank=2, layers=layers), LastLayer()])
         if switch:
-            checkpointed(model.backbone.network)
+            model.backbone.checkpoint_gradients()
         seen = forwards_of(model.backbone.blocks[-1])
         start = {name: 0.1 * torch.ones(site.shape) for name, site in model.sites.items()}
         engine = SVI(guide=guide, steps=2, particles=particles, noise=noise)
         run = TrainingRun(engine, model, model.task.train, start=start)
-        stats = list(run.iterate())
+        stats = list(run.steps())
         # a forward without gradients belongs to the trunk, not to the step
         assert sum(seen) == 2 * particles * (2 if switch else 1)
         found.append((stats, [parameter.grad for parameter in run.parameters]))
@@ -48,6 +42,14 @@ def test_checkpointing_changes_no_gradient_of_a_whole_step(three_topics_model, g
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
     torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-7)
     assert [stats.loss for stats in saved] == pytest.approx([stats.loss for stats in plain], rel=1e-6)
+
+
+def test_checkpointing_leaves_everything_but_the_checkpointing_modules_in_eval_mode(three_topics_model):
+    backbone = three_topics_model(torch.float32).backbone
+    backbone.checkpoint_gradients()
+    training = {type(module).__name__ for module in backbone.network.modules() if module.training}
+    assert training and all(hasattr(m, "gradient_checkpointing") for m in backbone.network.modules() if m.training)
+    assert "Linear" not in training
 
 
 @pytest.mark.parametrize("layers", [None, (1, 2)], ids=["all blocks", "trunk shared"])

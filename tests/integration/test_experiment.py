@@ -9,6 +9,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from pyrolora.inference.evaluation.experiment import ExperimentConfig, compare, fit_one, read_config
+from pyrolora.inference.evaluation.methods import METHODS as METHODS_BY_NAME
 from pyrolora.inference.evaluation.report import Report
 from pyrolora.inference.laplace import Laplace
 from pyrolora.inference.map import MAP
@@ -94,7 +95,8 @@ def test_the_written_config_is_resolved_and_can_be_run_again(config, tmp_path, f
         written["settings"]["blob"] | {"steps": 4, "kl_weight": 0.1, "noise": "example", "guide": "BLoB()"}
         == (written["settings"]["blob"])
     )
-    assert written["settings"]["laplace"]["precision"] == "evidence"
+    assert written["settings"]["laplace"] == METHODS_BY_NAME["laplace"].to_dict()
+    assert {"structure", "precision", "batch_size", "estimate"} <= written["settings"]["laplace"].keys()
     again = ExperimentConfig.from_dict(read_config(tmp_path / "one" / "config.yaml"))
     assert metrics(compare(again, tmp_path / "two", progress=False)) == metrics(first)
     fits.clear()

@@ -156,6 +156,12 @@ class TestComposition:
 
 
 class TestBLoB:
+    def test_a_model_with_nothing_for_it_to_make_bayesian_is_refused(self, three_topics_model):
+        head_only = three_topics_model(torch.float32, adapter=LastLayer())
+        with pytest.raises(ValueError, match=r"none of head.weight does.*BLoB\(sites='head.weight'\)"):
+            build_guide(BLoB(), head_only)
+        assert not build_guide(BLoB(sites="head.weight"), head_only).parameters_by_role()["point"]
+
     def test_the_standard_deviation_is_the_square_of_its_parameter(self, model):
         factor = dict(build_guide(BLoB(init_scale=0.09), model).items())["q_proj.lora_A"]
         assert torch.allclose(factor.root_scale, torch.full_like(factor.root_scale, 0.3))

@@ -188,7 +188,7 @@ class TestNonFiniteLoss:
         model = three_topics_model(torch.float32)
         engine = SVI(steps=STEPS, batch_size=BATCH, checkpoint=tmp_path, checkpoint_every=1)
         run = TrainingRun(engine, model, model.task.train)
-        steps = run.iterate()
+        steps = run.steps()
         for _ in range(3):
             next(steps)
         good = {key: value.clone() for key, value in run.guide.state_dict().items()}

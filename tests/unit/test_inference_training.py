@@ -106,7 +106,7 @@ class TestHistory:
     def test_a_posterior_taken_on_the_way_stays_as_it_was(self, three_topics_model):
         model = three_topics_model()
         run = TrainingRun(SVI(steps=2), model, model.task.train)
-        steps = run.iterate()
+        steps = run.steps()
         next(steps)
         early = run.posterior()
         kept = {name: value.clone() for name, value in early.mean().items()}
@@ -119,7 +119,7 @@ class TestHistory:
         run = TrainingRun(
             SVI(steps=20, warmup=0.2, learning_rate=1e-3, scale_learning_rate=2e-2), model, model.task.train
         )
-        rates = [[group["lr"] for group in run.optimiser.param_groups] for _ in run.iterate()]
+        rates = [[group["lr"] for group in run.optimiser.param_groups] for _ in run.steps()]
         loc, scale, point = map(list, zip(*rates, strict=True))
         assert loc[3] == max(loc) == pytest.approx(1e-3)
         assert loc[0] == pytest.approx(1e-3 / 4)
@@ -132,7 +132,7 @@ class TestHistory:
         free, clipped = (
             TrainingRun(MAP(steps=1, max_grad_norm=norm), model, model.task.train) for norm in (None, 1e-3)
         )
-        norms = [next(run.iterate()).grad_norm for run in (free, clipped)]
+        norms = [next(run.steps()).grad_norm for run in (free, clipped)]
         assert norms[0] == norms[1] > 1e-3
         left = torch.cat([parameter.grad.flatten() for parameter in clipped.parameters]).norm()
         assert float(left) == pytest.approx(1e-3, rel=1e-3)
@@ -172,7 +172,7 @@ class TestTheUsersState:
     def test_a_learned_scale_moves_late_and_starts_anew_in_the_next_fit(self, three_topics_model):
         model = three_topics_model(prior=learned(0.1, after=0.5))
         run = TrainingRun(SVI(guide=MeanField(), steps=4, scale_learning_rate=0.5), model, model.task.train)
-        seen = [float(model.prior.scales["q_proj.lora_A"]) for _ in run.iterate()]
+        seen = [float(model.prior.scales["q_proj.lora_A"]) for _ in run.steps()]
         assert seen[0] == pytest.approx(0.1)
         assert seen[1] != pytest.approx(0.1, rel=1e-4)
         TrainingRun(SVI(guide=MeanField(), steps=4), model, model.task.train)

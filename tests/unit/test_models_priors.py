@@ -144,6 +144,12 @@ class TestLearned:
         prior.update_scales({A.name: torch.tensor(4.0), B.name: torch.tensor(9.0)}, progress=0.4)
         assert [round(scale.item(), 6) for scale in prior.scales.values()] == [0.1, 3.0]
 
+    def test_a_scale_with_nothing_to_hold_it_up_stays_positive(self):
+        prior = Prior(learned(0.1, after=0.0, strength=0.0), SITES)
+        prior.update_scales({A.name: torch.tensor(0.0), B.name: torch.tensor(0.0)}, progress=1.0)
+        assert all(scale > 0 and prior(site).log_prob(torch.zeros(site.shape)).isfinite()
+                   for scale, site in zip(prior.scales.values(), (A, B), strict=True))  # fmt: skip
+
 
 class TestDescription:
     def test_a_specification_survives_its_json_description(self):
