@@ -1,7 +1,7 @@
 """Laplace's approximation: a Normal around a MAP estimate whose precision is curvature plus prior."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from pyrolora.inference.laplace.precision import (
     evidence_precision,
     log_evidence,
 )
-from pyrolora.inference.laplace.predictive import linearised_logits, softmax_draws
+from pyrolora.inference.laplace.predictive import Covariance, linearised_logits, softmax_draws
 from pyrolora.inference.map import MAP
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.predictive import Batch
@@ -207,10 +207,7 @@ class Laplace:
         """Factor on the prior precision with the lowest validation NLL; one Jacobian serves every candidate."""
         factors = torch.linspace(*LOG_PRECISION_BOUNDS, CANDIDATES).exp().tolist()
         totals = torch.zeros(len(factors), dtype=torch.float64)
-        covariances = [fit.rescaled(factor).logit_covariance for factor in factors]
-
-        def all_candidates(jacobian: dict[str, Tensor]) -> Tensor:
-            return torch.stack([covariance(jacobian) for covariance in covariances], dim=1)
+        all_candidates = fit.logit_covariances(factors)
 
         total = -(-len(validation) // self.batch_size)
         for batch in tqdm(
@@ -256,6 +253,20 @@ class CurvatureFit:
         priors = {name: NormalPrior(prior.mean, prior.precision * factor) for name, prior in self.priors.items()}
         return CurvatureFit(self.structure, self.mean, self.curvature, priors)
 
+    def spectra(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Eigenvalues of every site's curvature, and eigenvectors of the dense ones.
+
+        Shape:
+            site name -> the site's shape (diagonal) or ``(weights,)``, and ``(weights, weights)``
+        """
+        if self.structure == "diag":
+            return dict(self.curvature), {}
+        values, vectors = {}, {}
+        for name, matrix in self.curvature.items():
+            found, basis = torch.linalg.eigh(matrix.double())
+            values[name], vectors[name] = found.clamp_min(0).to(matrix), basis.to(matrix)
+        return values, vectors
+
     def guide(self, model: BayesianModel) -> Guide:
         """The posterior as a Pyro guide: Normal at the sites with curvature, a point elsewhere."""
         normal: Family = MeanField() if self.structure == "diag" else FullCovariance()
@@ -275,15 +286,27 @@ class CurvatureFit:
         precision = self.priors[name].precision.double().expand(self.mean[name].shape).flatten()
         return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(dense + precision.diag())))
 
-    def logit_covariance(self, jacobian: dict[str, Tensor]) -> Tensor:
-        """``J Sigma J'`` of each row, ``(rows, classes, classes)``."""
-        return logit_covariance(jacobian, self.scale_of)
+    def logit_covariances(self, factors: Sequence[float]) -> Covariance:
+        """A function from the Jacobian to ``J Sigma J'`` for several factors on the prior precision.
 
-    def scale_of(self, name: str) -> Tensor:
-        """Standard deviations of the site's shape, or the dense lower Cholesky factor."""
-        if self.structure == "diag":
-            return (self.curvature[name] + self.priors[name].precision).rsqrt()
-        return self.scale_tril(name).to(self.mean[name])
+        In the eigenbasis of a dense curvature every one of them is diagonal, so one rotation serves all.
+
+        Shape:
+            the function returns ``(rows, factors, classes, classes)``
+        """
+        spectra, bases = self.spectra()
+        scales = [
+            {name: (values + self.priors[name].precision * factor).rsqrt() for name, values in spectra.items()}
+            for factor in factors
+        ]
+
+        def covariances(jacobian: dict[str, Tensor]) -> Tensor:
+            rotated = {
+                name: value.flatten(2) @ bases[name] if name in bases else value for name, value in jacobian.items()
+            }
+            return torch.stack([logit_covariance(rotated, one.__getitem__) for one in scales], dim=1)
+
+        return covariances
 
 
 def logit_covariance(jacobian: Mapping[str, Tensor], scale_of: Any) -> Tensor:

@@ -47,9 +47,9 @@ def test_checkpointing_changes_no_gradient_of_a_whole_step(three_topics_model, g
 def test_checkpointing_leaves_everything_but_the_checkpointing_modules_in_eval_mode(three_topics_model):
     backbone = three_topics_model(torch.float32).backbone
     backbone.checkpoint_gradients()
-    training = {type(module).__name__ for module in backbone.network.modules() if module.training}
-    assert training and all(hasattr(m, "gradient_checkpointing") for m in backbone.network.modules() if m.training)
-    assert "Linear" not in training
+    training = [module for module in backbone.network.modules() if module.training]
+    assert len(training) >= len(backbone.blocks)
+    assert all(hasattr(module, "gradient_checkpointing") for module in training)
 
 
 @pytest.mark.parametrize("layers", [None, (1, 2)], ids=["all blocks", "trunk shared"])

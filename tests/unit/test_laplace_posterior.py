@@ -98,7 +98,9 @@ def test_logit_covariance_is_j_sigma_j(model, structure):
         gradients, model.encode(model.task.train).batches(16)
     )
     fit = CurvatureFit(structure, posterior.mean(), curvature, declared_prior(model, names))
-    torch.testing.assert_close(fit.logit_covariance(jacobian), wanted, rtol=1e-6, atol=1e-10)
+    torch.testing.assert_close(fit.logit_covariances([1.0])(jacobian)[:, 0], wanted, rtol=1e-6, atol=1e-10)
+    doubled = fit.rescaled(2.0).logit_covariances([1.0])(jacobian)
+    torch.testing.assert_close(fit.logit_covariances([1.0, 2.0])(jacobian)[:, 1:], doubled)
 
 
 def test_linearised_predictions_push_gaussian_logits_through_the_softmax(model):
