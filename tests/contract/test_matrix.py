@@ -35,7 +35,10 @@ ENGINES = {
     "Laplace last_layer": lambda noise: Laplace(structure="last_layer", estimate=MAP(steps=STEPS, noise=noise)),
 }
 # (engine, adapter) -> a part of the sentence that says why not
-REFUSED = {("Laplace last_layer", "LoRA"): r"Add LastLayer\(\) to the model's adapters"}
+REFUSED = {
+    ("Laplace last_layer", "LoRA"): r"Add LastLayer\(\) to the model's adapters",
+    ("SVI BLoB", "LastLayer"): r"name the sites, as in BLoB\(sites='head.weight'\)",
+}
 
 PAIRS = [(engine, adapter, "example", torch.float32, False) for engine in ENGINES for adapter in ADAPTERS]
 SCOPES = [(engine, "LoRA+LastLayer", "weight", torch.float32, False) for engine in ENGINES]
@@ -54,9 +57,7 @@ def make(three_topics_model):
     def build(adapter, dtype, checkpointing, prior=None):
         model = three_topics_model(dtype, adapter=list(ADAPTERS[adapter]), prior=prior)
         if checkpointing:
-            # transformers checkpoints in training mode only
-            model.backbone.network.gradient_checkpointing_enable({"use_reentrant": False})
-            model.backbone.network.train()
+            model.backbone.checkpoint_gradients()
         return model
 
     return build

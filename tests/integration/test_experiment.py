@@ -92,7 +92,7 @@ def test_the_written_config_is_resolved_and_can_be_run_again(config, tmp_path, f
     written = yaml.safe_load((tmp_path / "one" / "config.yaml").read_text())
     # defaults are written out, so that a later version's other defaults change nothing
     assert (
-        written["settings"]["blob"] | {"steps": 4, "kl_weight": 0.1, "noise": "example", "guide": "BLoB()"}
+        written["settings"]["blob"] | {"steps": 4, "kl_weight": 0.01, "noise": "example", "guide": "BLoB()"}
         == (written["settings"]["blob"])
     )
     assert written["settings"]["laplace"] == METHODS_BY_NAME["laplace"].to_dict()
@@ -176,7 +176,7 @@ def test_methods_with_settings_and_seeds_may_be_added(config, tmp_path, fits):
     [
         ({"train_size": 20}, "train_size=24, and now train_size=20"),
         ({"adapter": "LoRA(rank=3)"}, "adapter='LoRA"),
-        ({"settings": {"blob": {"kl_weight": 0.5}}}, "blob.kl_weight=0.1, and now blob.kl_weight=0.5"),
+        ({"settings": {"blob": {"kl_weight": 0.5}}}, "blob.kl_weight=0.01, and now blob.kl_weight=0.5"),
     ],
 )
 def test_other_settings_in_the_same_folder_are_refused_by_name(config, tmp_path, changes, key, fits):

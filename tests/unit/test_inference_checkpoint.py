@@ -4,7 +4,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyrolora.guides import BLoB, MeanField
+from pyrolora.guides import BLoB, MeanField, Point
 from pyrolora.inference import checkpoint
 from pyrolora.inference.map import MAP
 from pyrolora.inference.svi import SVI
@@ -176,7 +176,7 @@ class TestNonFiniteLoss:
 
     def test_a_bad_kl_names_its_site(self, three_topics_model):
         model = three_topics_model()
-        engine = SVI(guide={"v_proj.lora_B": MeanField(init_scale=1e30), "*A": BLoB(), "q*B": BLoB()}, steps=2)
+        engine = SVI(guide={"v_proj.lora_B": MeanField(init_scale=1e30), "*A": BLoB(), "q*B": Point()}, steps=2)
         model.row_logits = lambda batch, draw: torch.zeros(len(batch["labels"]), 3)
         start = {"v_proj.lora_B": torch.full(model.sites["v_proj.lora_B"].shape, 1e200, dtype=torch.float64)}
         with pytest.raises(
