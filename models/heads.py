@@ -1,14 +1,14 @@
 """From hidden states to one logit per class, without logits over the vocabulary at every position."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from pyrolora.models.adapters.base import grouped_linear
-from pyrolora.models.backbones import Backbone
+from pyrolora.models.backbones import Backbone, Delta
 
 # rows of vocabulary logits alive at once while options are scored
 ROWS_AT_ONCE = 256
@@ -18,7 +18,7 @@ class Head(Protocol):
     """Turns a batch into class logits."""
 
     def __call__(
-        self, batch: Mapping[str, Tensor], label_delta: Tensor | None, trunk: Tensor | None, first_block: int
+        self, batch: Mapping[str, Tensor], label_changes: Sequence[Delta], trunk: Tensor | None, first_block: int
     ) -> Tensor:
         """Class logits, float32, ``(rows, classes)``."""
         ...
@@ -44,12 +44,13 @@ class LabelHead:
         self.bias = None if bias is None else bias[label_ids.to(bias.device)].to(backbone.site_dtype)
 
     def __call__(
-        self, batch: Mapping[str, Tensor], label_delta: Tensor | None, trunk: Tensor | None, first_block: int
+        self, batch: Mapping[str, Tensor], label_changes: Sequence[Delta], trunk: Tensor | None, first_block: int
     ) -> Tensor:
-        """See `Head`; ``label_delta`` ``(classes, hidden)`` or ``(groups, classes, hidden)`` is added to the rows."""
+        """See `Head`; what ``label_changes`` return is added to the logits."""
         features = self.backbone.features(batch, trunk=trunk, first_block=first_block).to(self.weight.dtype)
-        weight = self.weight if label_delta is None else self.weight + label_delta
-        logits = grouped_linear(features[:, None], weight)[:, 0]
+        logits = functional.linear(features, self.weight)
+        for change in label_changes:
+            logits = logits + change(features[:, None])[:, 0]
         return self.backbone.finish_logits(logits if self.bias is None else logits + self.bias)
 
 
@@ -67,9 +68,9 @@ class OptionHead:
         self.backbone = backbone
 
     def __call__(
-        self, batch: Mapping[str, Tensor], label_delta: Tensor | None, trunk: Tensor | None, first_block: int
+        self, batch: Mapping[str, Tensor], label_changes: Sequence[Delta], trunk: Tensor | None, first_block: int
     ) -> Tensor:
-        """See `Head`; there are no label rows, so ``label_delta`` is None."""
+        """See `Head`; there are no label rows to change."""
         hidden = self.backbone.hidden_states(batch, trunk=trunk, first_block=first_block)
         device = hidden.device
         segments, scored = batch["segment_ids"].to(device), batch["scored"].to(device)

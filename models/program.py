@@ -156,14 +156,14 @@ class BayesianModel:
             ``(rows, classes)``
         """
         deltas: dict[str, Callable[[Tensor], Tensor]] = {}
-        label_delta = None
+        label_changes = []
         for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
             deltas.update(adapter.deltas(sites, draw))
-            change = adapter.label_delta(draw) if sites else None
-            label_delta = change if label_delta is None else label_delta if change is None else label_delta + change
+            if (change := adapter.label_change(draw)) is not None:
+                label_changes.append(change)
         self.backbone.bind(deltas)
         trunk = batch.get("trunk")
-        return self.head(batch, label_delta, trunk, self.first_block if trunk is not None else 0)
+        return self.head(batch, label_changes, trunk, self.first_block if trunk is not None else 0)
 
     def logits(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Tensor:
         """Class logits of every row under every draw, all draws on the batch axis, the trunk run once.

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -62,11 +63,11 @@ class Adapter(ABC):
         """
         return {}
 
-    def label_delta(self, draw: Mapping[str, Tensor]) -> Tensor | None:
-        """Change of the label rows of the output embedding, or None.
+    def label_change(self, draw: Mapping[str, Tensor]) -> Delta | None:
+        """A function of the features that returns the change of the class logits, or None.
 
         Shape:
-            ``(classes, hidden)``, or ``(groups, classes, hidden)``
+            the function maps ``(rows, 1, hidden)`` to ``(rows, 1, classes)``
         """
         return None
 
@@ -96,6 +97,51 @@ class Adapter(ABC):
                     f"{name} has no setting {key!r}. Did you mean {nearest(key, valid)!r}? Settings: {', '.join(valid)}."
                 )
         return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+
+
+class LinearTape:
+    """What went into and came out of every product of activations with a site's weights, in one forward pass.
+
+    All that curvature needs of a site whose entries are weights of linear maps: a gradient of a weight is the gradient of
+    the output times the input, so nothing of the weights' own size is ever kept for an example.
+
+    Attributes:
+        products: site name -> entry of the stack -> (input, output), ``(rows, tokens, in)`` and ``(rows, tokens, out)``.
+    """
+
+    def __init__(self) -> None:
+        self.products: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
+
+    def __enter__(self) -> "LinearTape":
+        """Record until the block ends."""
+        self._token = _TAPE.set(self)
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        """Stop recording."""
+        _TAPE.reset(self._token)
+
+
+_TAPE: ContextVar[LinearTape | None] = ContextVar("linear_tape", default=None)
+
+
+def site_linear(rows: Tensor, weight: Tensor, site: str, entry: int = 0) -> Tensor:
+    """`grouped_linear` with the weights of one entry of a site, seen by a `LinearTape` if one records.
+
+    Args:
+        rows: activations.
+        weight: the entry's weights under the draw.
+        site: name of the site.
+        entry: position in the site's stack.
+
+    Shape:
+        see `grouped_linear`
+    """
+    output = grouped_linear(rows, weight)
+    tape = _TAPE.get()
+    if tape is not None:
+        tape.products.setdefault(site, {})[entry] = (rows.detach(), output)
+    return output
 
 
 def grouped_linear(rows: Tensor, weight: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyrolora.models.adapters.base import Adapter
-from pyrolora.models.backbones import Backbone
+from pyrolora.models.adapters.base import Adapter, site_linear
+from pyrolora.models.backbones import Backbone, Delta
 from pyrolora.models.sites import Site
 
 
@@ -43,6 +43,7 @@ class LastLayer(Adapter):
         """See `Adapter.initial`: zero, the pretrained rows."""
         return {site.name: torch.zeros(site.shape, dtype=backbone.site_dtype, device=backbone.device) for site in sites}
 
-    def label_delta(self, draw: Mapping[str, Tensor]) -> Tensor | None:
-        """See `Adapter.label_delta`."""
-        return draw["head.weight"]
+    def label_change(self, draw: Mapping[str, Tensor]) -> Delta | None:
+        """See `Adapter.label_change`."""
+        weight = draw["head.weight"]
+        return lambda features: site_linear(features, weight, "head.weight")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pyrolora.models.adapters.base import Adapter, grouped_linear
+from pyrolora.models.adapters.base import Adapter, site_linear
 from pyrolora.models.adapters.targets import find_projections
 from pyrolora.models.backbones import Backbone, Delta
 from pyrolora.models.sites import Site
@@ -99,10 +99,12 @@ class LoRA(Adapter):
         changes: dict[str, Delta] = {}
         for site in sites:
             if site.name.endswith("lora_A"):
-                down = draw[site.name].unbind(-3)
-                # the scale enters the small factor once, not the activations of every layer
-                up = (draw[site.name.removesuffix("lora_A") + "lora_B"] * (self.alpha / self.rank)).unbind(-3)
-                changes.update({path: _LowRankDelta(a, b) for path, a, b in zip(site.modules, down, up, strict=True)})
+                other = site.name.removesuffix("lora_A") + "lora_B"
+                pairs = zip(draw[site.name].unbind(-3), draw[other].unbind(-3), site.modules, strict=True)
+                scale = self.alpha / self.rank
+                changes.update(
+                    {path: _LowRankDelta(a, b, scale, site.name, other, i) for i, (a, b, path) in enumerate(pairs)}
+                )
         return changes
 
 
@@ -110,6 +112,12 @@ class LoRA(Adapter):
 class _LowRankDelta:
     down: Tensor
     up: Tensor
+    scale: float
+    down_site: str
+    up_site: str
+    entry: int
 
     def __call__(self, rows: Tensor) -> Tensor:
-        return grouped_linear(grouped_linear(rows.to(self.down.dtype), self.down), self.up).to(rows.dtype)
+        narrow = site_linear(rows.to(self.down.dtype), self.down, self.down_site, self.entry)
+        # between the factors there are only `rank` activations a token to scale
+        return site_linear(narrow * self.scale, self.up, self.up_site, self.entry).to(rows.dtype)

@@ -36,7 +36,7 @@ class TestAnswerPosition:
         encoded = encode(task.train, task.format, tiny_tokenizer, padding=padding)
         batch = encoded.batch([0, 1, 2, 3])
         head = LabelHead(Backbone(network, tiny_tokenizer, "tiny"), torch.tensor(encoded.label_ids))
-        logits = head(batch, None, None, 0)
+        logits = head(batch, (), None, 0)
         rows = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
         expected = torch.stack([plain_logits(network, row)[list(encoded.label_ids)] for row in rows])
         assert logits.dtype == dtype
@@ -56,7 +56,7 @@ class TestAnswerPosition:
     def test_a_bfloat16_backbone_gives_float32_logits_near_its_own(self, tiny_llama, tiny_tokenizer):
         network = tiny_llama(torch.bfloat16)
         backbone = Backbone(network, tiny_tokenizer, "tiny")
-        logits = LabelHead(backbone, torch.arange(128))(ROWS, None, None, 0)
+        logits = LabelHead(backbone, torch.arange(128))(ROWS, (), None, 0)
         assert (backbone.site_dtype, logits.dtype) == (torch.float32, torch.float32)
         # the same features times the same rows: only the rounding of the product to 8 bits differs
         torch.testing.assert_close(logits[0], plain_logits(network, ROWS).float(), rtol=2**-7, atol=2**-7)
@@ -67,7 +67,7 @@ class TestAnswerPosition:
         labels = torch.tensor([300, 4000, 49000])
         with torch.no_grad():
             expected = smollm2.network(input_ids=ids).logits[0, -1, labels]
-            torch.testing.assert_close(LabelHead(smollm2, labels)(batch, None, None, 0)[0], expected, atol=1e-4, rtol=0)
+            torch.testing.assert_close(LabelHead(smollm2, labels)(batch, (), None, 0)[0], expected, atol=1e-4, rtol=0)
 
 
 class TestHooks:

@@ -1,5 +1,7 @@
 """Heads: label rows with what an architecture does to its logits, and options scored in one row."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -41,7 +43,7 @@ class TestLabelHead:
         plain = backbone.features(ROWS) @ backbone.label_weight(LABELS).T
         assert (plain - expected).abs().max() > 0.01, "the architecture would show nothing"
         # 1e-6: some networks compute their rotary angles in float32
-        torch.testing.assert_close(LabelHead(backbone, LABELS)(ROWS, None, None, 0), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(LabelHead(backbone, LABELS)(ROWS, (), None, 0), expected, atol=1e-6, rtol=0)
 
     def test_a_change_of_the_rows_is_added_one_for_each_run_of_rows(self, tiny_llama):
         head = LabelHead(Backbone(tiny_llama(torch.float64), None, "tiny"), LABELS)
@@ -49,8 +51,12 @@ class TestLabelHead:
         twice = {key: value.repeat(2, 1) for key, value in ROWS.items()}
         features = head.backbone.features(ROWS)
         expected = torch.cat([features @ (head.weight + change[i]).T for i in range(2)])
-        torch.testing.assert_close(head(twice, change, None, 0), expected, atol=1e-12, rtol=0)
-        torch.testing.assert_close(head(ROWS, change[1], None, 0), expected[1:], atol=1e-12, rtol=0)
+        torch.testing.assert_close(
+            head(twice, [partial(grouped_linear, weight=change)], None, 0), expected, atol=1e-12, rtol=0
+        )
+        torch.testing.assert_close(
+            head(ROWS, [partial(grouped_linear, weight=change[1])], None, 0), expected[1:], atol=1e-12, rtol=0
+        )
 
 
 def unpacked_scores(network, encoded):
@@ -75,7 +81,7 @@ class TestOptionHead:
     def test_options_in_one_row_equal_a_row_each(self, tiny_llama, tiny_tokenizer, attention, padding, form):
         network = tiny_llama(torch.float64, attn_implementation=attention)
         encoded = encode(Split("test", "toy", EXAMPLES, 4), form, tiny_tokenizer, padding=padding)
-        scores = OptionHead(Backbone(network, tiny_tokenizer, "tiny"))(encoded.batch([0, 1, 2]), None, None, 0)
+        scores = OptionHead(Backbone(network, tiny_tokenizer, "tiny"))(encoded.batch([0, 1, 2]), (), None, 0)
         expected = unpacked_scores(network, encoded)
         torch.testing.assert_close(scores, expected, atol=1e-10, rtol=0)
         assert scores.isneginf().sum(1).tolist() == [1, 2, 2], "four options are possible, these have three and two"
@@ -85,7 +91,7 @@ class TestOptionHead:
         form = OptionScoring("{q}", blank="_")
         encoded = encode(Split("test", "toy", examples, 2), form, tiny_tokenizer)
         network = tiny_llama(torch.float64)
-        scores = OptionHead(Backbone(network, tiny_tokenizer, "tiny"))(encoded.batch([0]), None, None, 0)
+        scores = OptionHead(Backbone(network, tiny_tokenizer, "tiny"))(encoded.batch([0]), (), None, 0)
         torch.testing.assert_close(scores, unpacked_scores(network, encoded), atol=1e-10, rtol=0)
 
     def test_options_follow_the_architectures_own_logits(self, tiny_llama, tiny_tokenizer):
@@ -99,14 +105,14 @@ class TestOptionHead:
 
         expected = unpacked_scores(capped, encoded)
         network.config.final_logit_softcapping = 2.0
-        scores = OptionHead(Backbone(network, None, "capped"))(encoded.batch([0, 1, 2]), None, None, 0)
+        scores = OptionHead(Backbone(network, None, "capped"))(encoded.batch([0, 1, 2]), (), None, 0)
         torch.testing.assert_close(scores, expected, atol=1e-10, rtol=0)
 
     def test_a_bfloat16_backbone_scores_in_float32(self, tiny_llama, tiny_tokenizer):
         encoded = encode(Split("test", "toy", EXAMPLES, 3), OptionScoring("{q}"), tiny_tokenizer)
         batch = encoded.batch([0, 1, 2])
         scores, exact = (
-            OptionHead(Backbone(tiny_llama(dtype), None, "tiny"))(batch, None, None, 0)
+            OptionHead(Backbone(tiny_llama(dtype), None, "tiny"))(batch, (), None, 0)
             for dtype in (torch.bfloat16, torch.float32)
         )
         assert scores.dtype == torch.float32
@@ -125,7 +131,7 @@ class TestOptionHead:
         def gradient(scores):
             return torch.autograd.grad(-scores.log_softmax(1)[torch.arange(3), encoded.labels].sum(), weight)[0]
 
-        packed = gradient(OptionHead(backbone)(encoded.batch([0, 1, 2]), None, None, 0))
+        packed = gradient(OptionHead(backbone)(encoded.batch([0, 1, 2]), (), None, 0))
         unpacked = gradient(unpacked_scores(backbone.network, encoded))
         assert unpacked.abs().max() > 0.1
         # Llama's norms work in float32 whatever the weights' type, forward and backward
@@ -136,7 +142,7 @@ class TestOptionHead:
         encoded = encode(Split("test", "toy", EXAMPLES, 3), OptionScoring("{q}"), tiny_tokenizer)
         batch, rows = encoded.batch([0, 1, 2]), []
         backbone.network.lm_head.register_forward_hook(lambda module, args, output: rows.append(output.shape[0]))
-        OptionHead(backbone)(batch, None, None, 0)
+        OptionHead(backbone)(batch, (), None, 0)
         assert sum(rows) == batch["scored"].sum()
 
 

@@ -134,7 +134,7 @@ class TestSharedBackbone:
 
     def test_the_start_is_the_pretrained_model(self, model):
         batch = batch_of(model)
-        zero_shot = model.head(batch, None, None, 0)
+        zero_shot = model.head(batch, (), None, 0)
         assert torch.equal(model.logits(batch, model.initial())[0], zero_shot)
 
     def test_the_last_layers_draw_is_added_to_the_label_rows(self, model):
