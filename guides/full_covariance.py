@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import constraints, register_kl
+from torch.distributions import constraints
 
 from pyrolora.guides.base import Factor, Family
 from pyrolora.guides.mean_field import require_positive, starting_scale
@@ -70,19 +70,18 @@ class DenseNormal(dist.TransformedDistribution):
         super().__init__(flat, [dist.transforms.ReshapeTransform(torch.Size((loc.numel(),)), loc.shape)])
 
     @property
+    def mean(self) -> Tensor:
+        """Mean, of the event shape."""
+        return self.loc
+
+    def entropy(self) -> Tensor:
+        """Entropy in nats."""
+        return self.base_dist.entropy()
+
+    @property
     def variance(self) -> Tensor:
         """Marginal variance of each weight, of the event shape."""
         return self.scale_tril.square().sum(-1).reshape(self.loc.shape)
-
-
-@register_kl(DenseNormal, dist.Independent)
-def _kl_to_factorised_normal(q: DenseNormal, p: dist.Independent) -> Tensor:
-    base = p.base_dist
-    if not isinstance(base, dist.Normal) or p.reinterpreted_batch_ndims != q.loc.dim():
-        raise NotImplementedError
-    variance = base.scale.square()
-    misfit = ((q.variance + (q.loc - base.loc).square()) / variance + variance.log() - 1).sum()
-    return 0.5 * misfit - q.scale_tril.diagonal().log().sum()
 
 
 class FullCovarianceFactor(Factor):

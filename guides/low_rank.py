@@ -1,6 +1,5 @@
 """Low-rank plus diagonal Normal posteriors, one covariance for each layer of a site."""
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -8,7 +7,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import constraints, register_kl
+from torch.distributions import constraints
 
 from pyrolora.guides.base import Factor, Family
 from pyrolora.guides.mean_field import require_positive, starting_scale
@@ -123,16 +122,6 @@ class LowRankNormal(dist.TorchDistribution):
         if torch.Size(batch_shape):
             raise NotImplementedError("LowRankNormal has no batch shape; ask for draws with sample((n,)).")
         return self
-
-
-@register_kl(LowRankNormal, dist.Independent)
-def _kl_to_factorised_normal(q: LowRankNormal, p: dist.Independent) -> Tensor:
-    base = p.base_dist
-    if not isinstance(base, dist.Normal) or p.reinterpreted_batch_ndims != q.loc.dim():
-        raise NotImplementedError
-    variance = base.scale.square()
-    misfit = ((q.variance + (q.loc - base.loc).square()) / variance + variance.log()).sum()
-    return 0.5 * misfit + 0.5 * q.loc.numel() * math.log(2 * math.pi) - q.entropy()
 
 
 class LowRankFactor(Factor):

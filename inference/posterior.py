@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyrolora.guides.base import Guide
+from pyrolora.inference.linearised import Linearised, normal_sites
+from pyrolora.inference.links import LINKS, softmax_draws
 from pyrolora.inference.predictive import Batch, Predictive, gather_rows
 from pyrolora.models.naming import nearest
 from pyrolora.models.program import BayesianModel
@@ -33,12 +35,15 @@ class Posterior:
         record: what made it (engine, settings, seed, history), kept with saved files.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("mc", "mean")
-
     def __init__(self, model: BayesianModel, guide: Guide, record: Mapping[str, Any]) -> None:
         self.model = model
         self.guide = guide
         self.record = dict(record)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of prediction: ``"mc"``, ``"mean"``, and linearised ones where every random site is Normal."""
+        return ("mc", "mean", *(("linearised", *LINKS) if normal_sites(self.guide, self.model) else ()))
 
     @property
     def default_kind(self) -> str:
@@ -82,7 +87,10 @@ class Posterior:
         Args:
             data: a batch, or a split (length-bucketed internally).
             draws: number of weight draws; every row sees the same draws, so rows are jointly coherent.
-            kind: ``"mc"``, ``"mean"``, or one this posterior adds; default by posterior.
+            kind: ``"mc"``, weight draws through the network; ``"mean"``, the posterior mean; ``"linearised"``, quasi-random
+                draws of the logits of the network linearised at the mean (`LOGIT_DRAWS` of them whatever ``draws``);
+                ``"linearised_mf1"``, ``"linearised_probit"`` and ``"linearised_bridge"``, the same in closed form. The
+                default is the posterior's own.
             generator: seeds the draws.
             batch_size: rows at once, before draws are put on the batch axis.
             progress: show a bar.
@@ -118,6 +126,14 @@ class Posterior:
         if kind == "mean":
             mean = self.mean()
             return lambda batch: self.model.logits(batch, mean).softmax(-1)
+        if kind in LINKS:
+            linearised, link = Linearised(self.model, self.guide), LINKS[kind]
+            return lambda batch: link(*linearised(batch))[None]
+        if kind == "linearised":
+            linearised = Linearised(self.model, self.guide)
+            # one set of quasi-random points for all rows, as one set of weight draws would be
+            seed = int(torch.randint(2**31, (), generator=generator))
+            return lambda batch: softmax_draws(*linearised(batch), torch.Generator().manual_seed(seed))
         sampled = self.sample(draws, generator=generator)
 
         def predict_batch(batch: Batch) -> Tensor:

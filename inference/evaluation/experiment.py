@@ -354,7 +354,7 @@ class Cell:
             if "cost" in fitted[method.estimate].record:
                 before = Cost.from_dict(fitted[method.estimate].record["cost"])
         training = self.folder.with_name(self.folder.name + ".training")
-        seeded = {} if method.engine == "Laplace" else {"seed": self.seed, "checkpoint": training}
+        seeded = {"checkpoint": training} | ({} if method.engine == "Laplace" else {"seed": self.seed})
         engine = method.make_engine(**seeded)
         if isinstance(engine, Laplace):
             if engine.precision == "validation":

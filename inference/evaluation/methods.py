@@ -112,6 +112,7 @@ METHODS: dict[str, Method] = {
         "SVI", prior=NARROW, guide={"*.lora_A": "LowRank(rank=4)", "*.lora_B": "Point()"}, settings=COLD
     ),
     "laplace": Method("Laplace", settings={"structure": "diag", "precision": "validation"}, estimate="map"),
+    "laplace_kron": Method("Laplace", settings={"structure": "kron", "precision": "validation"}, estimate="map"),
     "laplace_last_layer": Method(
         "Laplace",
         prior={"*.lora_*": WIDE, "head.weight": "Normal(0, 0.1)"},

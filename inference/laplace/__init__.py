@@ -1,5 +1,6 @@
 """Laplace approximations of the posterior over adapter sites."""
 
-from pyrolora.inference.laplace.engine import Laplace, LaplacePosterior
+from pyrolora.inference.laplace.engine import Laplace
+from pyrolora.inference.laplace.posterior import LaplacePosterior
 
 __all__ = ["Laplace", "LaplacePosterior"]

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from pyrolora.models.priors import Learned
 from pyrolora.models.program import BayesianModel
+from pyrolora.models.sites import Site
 
 # natural logarithm of the smallest and largest prior precision that a search considers
 LOG_PRECISION_BOUNDS = (-4.0, 14.0)
+GROUPS = ("site", "layer", "model")
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,12 @@ class NormalPrior:
 
     mean: Tensor
     precision: Tensor
+
+    def by_entry(self, entries: int) -> Tensor:
+        """The precision as ``(1 or entries, 1 or directions)``, to meet eigenvalues ``(entries, directions)``."""
+        if self.precision.numel() == 1:
+            return self.precision.reshape(1, 1)
+        return self.precision.reshape(entries, -1)
 
 
 def declared_prior(model: BayesianModel, names: Sequence[str]) -> dict[str, NormalPrior]:
@@ -42,8 +50,18 @@ def declared_prior(model: BayesianModel, names: Sequence[str]) -> dict[str, Norm
                 "sites=, or use SVI, which takes any prior."
             )
         loc, scale = (value.to(model.backbone.device, model.backbone.site_dtype) for value in (base.loc, base.scale))
-        found[name] = NormalPrior(loc, scale.square().reciprocal())
+        precision = scale.square().reciprocal()
+        found[name] = NormalPrior(loc, _shared(precision.expand(model.sites[name].shape), model.sites[name]))
     return found
+
+
+def _shared(precision: Tensor, site: Site) -> Tensor:
+    """One number if all are equal, else one for each entry of a stack where that says it all, else all of them."""
+    first = precision.flatten()[0]
+    if (precision == first).all():
+        return first
+    entries = precision[(slice(None), *[slice(1)] * (precision.dim() - 1))]
+    return entries if site.modules and (precision == entries).all() else precision
 
 
 def log_evidence(
@@ -62,37 +80,64 @@ def log_evidence(
     Args:
         log_likelihood: log likelihood of the data at the estimate, nats.
         estimate: site name -> estimate.
-        priors: site name -> prior.
-        eigenvalues: site name -> eigenvalues or diagonal of the curvature; for eigenvalues of a dense curvature the
-            precision must be one number for the site.
+        priors: site name -> prior; for eigenvalues that are no diagonal, one precision for each entry of the stack.
+        eigenvalues: site name -> ``(entries, directions)``.
     """
     total = log_likelihood
     for name, values in eigenvalues.items():
-        precision = priors[name].precision.double()
-        misfit = ((estimate[name].double() - priors[name].mean.double()).square() * precision).sum()
-        volume = ((values.double().clamp_min(0) + precision).log() - precision.log().expand_as(values)).sum()
+        prior = priors[name]
+        misfit = ((estimate[name].double() - prior.mean.double()).square() * prior.precision.double()).sum()
+        precision = prior.by_entry(values.shape[0]).double()
+        volume = torch.log1p(values.double().clamp_min(0) / precision).sum()
         total -= 0.5 * float(misfit + volume)
     return total
 
 
 def evidence_precision(
-    estimate: Mapping[str, Tensor], priors: Mapping[str, NormalPrior], eigenvalues: Mapping[str, Tensor]
+    estimate: Mapping[str, Tensor],
+    priors: Mapping[str, NormalPrior],
+    eigenvalues: Mapping[str, Tensor],
+    group: str = "site",
 ) -> dict[str, NormalPrior]:
-    """One precision for each site that maximises the evidence, by a bounded search in its logarithm.
+    """The precisions that maximise the evidence, by bounded searches in their logarithm on cached eigenvalues.
 
-    The evidence is a sum over sites, so each site is a one-dimensional problem on cached eigenvalues.
+    The evidence is a sum over weights, so every group that shares a precision is a one-dimensional problem of its own.
+
+    Args:
+        estimate: site name -> estimate.
+        priors: site name -> prior, whose means are kept.
+        eigenvalues: site name -> ``(entries, directions)``.
+        group: what shares a precision: a ``"site"``, an entry of a site (``"layer"``), or the whole ``"model"``.
     """
-    chosen = {}
+    spreads, curvatures = {}, {}
     for name, values in eigenvalues.items():
-        spread = float((estimate[name].double() - priors[name].mean.double()).square().sum())
-        curvature = values.double().clamp_min(0).flatten()
+        away = (estimate[name].double() - priors[name].mean.double()).square()
+        spreads[name] = away.reshape(values.shape[0], -1).sum(1)
+        curvatures[name] = values.double().clamp_min(0)
+    if group == "model":
+        shared = _best_precision(
+            sum(float(spread.sum()) for spread in spreads.values()),
+            torch.cat([curvature.flatten() for curvature in curvatures.values()]),
+        )
+        found = dict.fromkeys(eigenvalues, torch.tensor(shared))
+    elif group == "site":
+        found = {
+            name: torch.tensor(_best_precision(float(spreads[name].sum()), curvatures[name].flatten()))
+            for name in eigenvalues
+        }
+    else:
+        found = {}
+        for name in eigenvalues:
+            pairs = zip(spreads[name].tolist(), curvatures[name], strict=True)
+            best = torch.tensor([_best_precision(spread, curvature) for spread, curvature in pairs])
+            found[name] = best.reshape(()) if len(best) == 1 else best.reshape(-1, *[1] * (estimate[name].dim() - 1))
+    return {name: NormalPrior(priors[name].mean, found[name].to(priors[name].precision)) for name in eigenvalues}
 
-        def negative(log_precision: float, spread: float = spread, curvature: Tensor = curvature) -> float:
-            precision = torch.tensor(log_precision, dtype=torch.float64).exp()
-            volume = torch.log1p(curvature / precision).sum()
-            return 0.5 * float(spread * precision + volume)
 
-        best = minimize_scalar(negative, bounds=LOG_PRECISION_BOUNDS, method="bounded", options={"xatol": 1e-4})
-        precision = torch.tensor(best.x).exp().to(priors[name].precision)
-        chosen[name] = NormalPrior(priors[name].mean, precision)
-    return chosen
+def _best_precision(spread: float, curvature: Tensor) -> float:
+    def negative(log_precision: float) -> float:
+        precision = torch.tensor(log_precision, dtype=torch.float64).exp()
+        return 0.5 * float(spread * precision + torch.log1p(curvature / precision).sum())
+
+    best = minimize_scalar(negative, bounds=LOG_PRECISION_BOUNDS, method="bounded", options={"xatol": 1e-4})
+    return float(torch.tensor(best.x, dtype=torch.float64).exp())

@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyrolora.guides import BLoB, FullCovariance, LowRank, MeanField, Point
+from pyrolora.guides import BLoB, FullCovariance, KroneckerNormal, LowRank, MeanField, Point
 from pyrolora.inference.laplace import Laplace
 from pyrolora.inference.map import MAP
 from pyrolora.inference.posterior import Posterior
@@ -31,7 +31,12 @@ ENGINES = {
     "SVI BLoB": lambda noise: SVI(guide=BLoB(), steps=STEPS, noise=noise),
     "SVI LowRank": lambda noise: SVI(guide=LowRank(rank=2), steps=STEPS, noise=noise),
     "SVI FullCovariance": lambda noise: SVI(guide=FullCovariance(), steps=STEPS, noise=noise),
+    "SVI KroneckerNormal": lambda noise: SVI(guide=KroneckerNormal(rank=2), steps=STEPS, noise=noise),
     "Laplace diag": lambda noise: Laplace(estimate=MAP(steps=STEPS, noise=noise)),
+    "Laplace kron": lambda noise: Laplace(structure="kron", estimate=MAP(steps=STEPS, noise=noise)),
+    "Laplace kron_lowrank": lambda noise: Laplace(
+        structure="kron_lowrank", rank=3, estimate=MAP(steps=STEPS, noise=noise)
+    ),
     "Laplace last_layer": lambda noise: Laplace(structure="last_layer", estimate=MAP(steps=STEPS, noise=noise)),
 }
 # (engine, adapter) -> a part of the sentence that says why not

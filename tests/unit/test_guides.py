@@ -9,7 +9,7 @@ import torch
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch.distributions import constraints
 
-from pyrolora.guides import BLoB, Family, FullCovariance, LowRank, MeanField, Point, build_guide
+from pyrolora.guides import BLoB, Family, FullCovariance, KroneckerNormal, LowRank, MeanField, Point, build_guide
 from pyrolora.models.adapters import LastLayer, LoRA
 from pyrolora.models.priors import Flat
 
@@ -18,6 +18,7 @@ FAMILIES = [
     MeanField(),
     BLoB(),
     LowRank(rank=2),
+    KroneckerNormal(rank=2),
     {"*.lora_A": BLoB(), "*.lora_B": Point(), "head.weight": FullCovariance()},
 ]
 

@@ -7,7 +7,7 @@ import torch
 from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
 
-from pyrolora.guides import BLoB, FullCovariance, LowRank, MeanField, Point, build_guide
+from pyrolora.guides import BLoB, FullCovariance, KroneckerNormal, LowRank, MeanField, Point, build_guide
 from pyrolora.inference.elbo import AnalyticELBO
 from pyrolora.inference.noise import NoiseMessenger, TemperMessenger
 from pyrolora.models.adapters import LastLayer, LoRA
@@ -30,6 +30,7 @@ CASES = {
     "mean field with hyper-sites": (MeanField(), ard),
     "blob": (BLoB(), None),
     "low rank": (LowRank(rank=2), None),
+    "kronecker": (KroneckerNormal(rank=2), None),
     "composite": ({"*.lora_A": BLoB(), "*.lora_B": Point(), "head.weight": FullCovariance()}, None),
 }
 ANALYTIC = [name for name in CASES if "point" not in name and name not in (

@@ -4,7 +4,10 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from pyrolora.inference.laplace.curvature import LogitGradients, diagonal_curvature, full_curvature
+from pyrolora.inference.laplace import summation
+from pyrolora.inference.laplace.structures import Kronecker
+from pyrolora.inference.laplace.summation import FILE, new_structures, sum_curvature
+from pyrolora.inference.logit_gradients import LogitGradients, each_logit, hessian_root, site_jacobian
 from pyrolora.models.adapters import LastLayer, LoRA
 from pyrolora.models.tasks import Example, OptionScoring, Split, Task
 
@@ -60,6 +63,22 @@ def explicit_gauss_newton(model, batch, estimate, name):
     return torch.einsum("nci,ncd,ndj->ij", flat, hessian, flat)
 
 
+def jacobian(gradients, batch):
+    logits, products = gradients.products(batch, each_logit)
+    return logits, {
+        name: site_jacobian(entries, gradients.model.adapter_sites[name]) for name, entries in products.items()
+    }
+
+
+def curvature(model, estimate, names, structure, data=None, batch_size=5, rank=2, checkpoint=None):
+    """Finished sums of some sites."""
+    structures = new_structures(model, names, structure, rank)
+    data = model.encode(model.task.train if data is None else data)
+    gradients = LogitGradients(model, estimate, names)
+    sum_curvature(gradients, structures, data, batch_size=batch_size, checkpoint=checkpoint, progress=False)
+    return structures
+
+
 def whole_batch(model, data=None):
     data = model.encode(model.task.train if data is None else data)
     return data.batch(list(range(len(data))))
@@ -71,7 +90,7 @@ def relative(found, wanted):
 
 def test_logit_jacobians_equal_autograd_row_by_row(model):
     estimate, batch = somewhere(model), whole_batch(model)
-    logits, jacobians = LogitGradients(model, estimate, tuple(estimate)).jacobian(batch)
+    logits, jacobians = jacobian(LogitGradients(model, estimate, tuple(estimate)), batch)
     wanted_logits, wanted = explicit_jacobians(model, batch, estimate)
     torch.testing.assert_close(logits, wanted_logits, rtol=0, atol=1e-10)
     for name in estimate:
@@ -81,41 +100,130 @@ def test_logit_jacobians_equal_autograd_row_by_row(model):
 
 def test_only_the_named_sites_are_differentiated(model):
     estimate, batch = somewhere(model), whole_batch(model)
-    _, some = LogitGradients(model, estimate, ("v_proj.lora_A",)).jacobian(batch)
-    _, every = LogitGradients(model, estimate, tuple(estimate)).jacobian(batch)
+    _, some = jacobian(LogitGradients(model, estimate, ("v_proj.lora_A",)), batch)
+    _, every = jacobian(LogitGradients(model, estimate, tuple(estimate)), batch)
     assert set(some) == {"v_proj.lora_A"}
     torch.testing.assert_close(some["v_proj.lora_A"], every["v_proj.lora_A"], rtol=0, atol=1e-12)
 
 
 def test_diagonal_curvature_is_the_diagonal_of_the_explicit_sum(model):
     estimate = somewhere(model)
-    gradients = LogitGradients(model, estimate, tuple(estimate))
-    found = diagonal_curvature(gradients, model.encode(model.task.train).batches(5))
+    found = curvature(model, estimate, tuple(estimate), "diag")
     for name in estimate:
         wanted = explicit_gauss_newton(model, whole_batch(model), estimate, name).diagonal()
-        assert relative(found[name].flatten(), wanted) < 1e-8
+        assert relative(found[name].total.flatten(), wanted) < 1e-8
 
 
 @pytest.mark.parametrize("name", ["head.weight", "v_proj.lora_B"])
 def test_full_curvature_is_the_explicit_sum(model, name):
     estimate = somewhere(model)
-    gradients = LogitGradients(model, estimate, (name,))
-    found = full_curvature(gradients, model.encode(model.task.train).batches(5))[name]
+    found = curvature(model, estimate, (name,), "full")[name].total
     wanted = explicit_gauss_newton(model, whole_batch(model), estimate, name)
     assert (wanted - wanted.diagonal().diag()).abs().max() > 1e-3 * wanted.abs().max()
     assert relative(found, wanted) < 1e-8
 
 
-def test_curvature_does_not_depend_on_the_batch_size(model):
-    estimate, data = somewhere(model), model.encode(model.task.train)
-    gradients = LogitGradients(model, estimate, tuple(estimate))
-    last_layer = LogitGradients(model, estimate, ("head.weight",))
-    diagonal = diagonal_curvature(gradients, data.batches(len(data)))
-    full = full_curvature(last_layer, data.batches(len(data)))["head.weight"]
+@pytest.mark.parametrize("name", ["head.weight", "v_proj.lora_A", "v_proj.lora_B"])
+def test_kronecker_factors_are_sums_over_examples_tokens_and_columns(model, name):
+    """Row by row without padding, token by token, column by column; 5 rows at once pad."""
+    estimate, site = somewhere(model), model.sites[name]
+    inputs = torch.zeros(site.shape[0] if site.modules else 1, site.shape[-1], site.shape[-1], dtype=torch.float64)
+    outputs = torch.zeros(inputs.shape[0], site.shape[-2], site.shape[-2], dtype=torch.float64)
+    tokens = 0
+    data = model.encode(model.task.train)
+    for row in range(len(data)):
+        one = data.batch([row])
+        _, products = LogitGradients(model, estimate, (name,)).products(one, hessian_root)
+        tokens += products[name][0].inputs.shape[1]
+        for entry, product in enumerate(products[name]):
+            for token in range(product.inputs.shape[1]):
+                inputs[entry] += product.inputs[0, token].outer(product.inputs[0, token])
+                for column in product.gradients[:, 0, token]:
+                    outputs[entry] += column.outer(column)
+    found = curvature(model, estimate, (name,), "kron")[name]
+    assert relative(found.inputs, inputs) < 1e-10
+    assert relative(found.outputs, outputs) < 1e-10
+    assert float(found.tokens) == tokens
+    assert tokens == (12 if name == "head.weight" else sum(len(tokens) for tokens in data.rows))
+    pairs = torch.stack(
+        [torch.linalg.eigvalsh(torch.kron(g, a / tokens)) for g, a in zip(outputs, inputs, strict=True)]
+    )
+    assert relative(found.eigenvalues().sort(-1).values, pairs) < 1e-10
+
+
+def test_kronecker_is_exact_for_one_example_of_one_token_of_a_head(model):
+    """One row: ``(sum_c g g') kron (a a')`` is the Gauss-Newton matrix itself, not an approximation."""
+    estimate, data = somewhere(model), Split("train", "three_topics", model.task.train.examples[:1], 3)
+    found = curvature(model, estimate, ("head.weight",), "kron", data)["head.weight"]
+    wanted = explicit_gauss_newton(model, whole_batch(model, data), estimate, "head.weight")
+    assert relative(torch.kron(found.outputs[0], found.inputs[0] / found.tokens), wanted) < 1e-8
+
+
+def test_low_rank_kronecker_keeps_the_leading_directions(model):
+    estimate, names = somewhere(model), ("v_proj.lora_A",)
+    whole = curvature(model, estimate, names, "kron")["v_proj.lora_A"]
+    kept = curvature(model, estimate, names, "kron_lowrank", rank=3)["v_proj.lora_A"]
+    assert isinstance(kept, Kronecker)
+    assert kept.truncated
+    assert not whole.truncated
+    torch.testing.assert_close(kept.in_values, whole.in_values[:, -3:], rtol=1e-10, atol=0)
+    assert kept.in_basis.shape == (2, 32, 3)
+    assert kept.out_basis.shape == (2, 2, 2), "a side below the rank is kept whole"
+    assert kept.eigenvalues().shape == whole.eigenvalues().shape
+    assert (kept.eigenvalues() == 0).sum() == 2 * 2 * (32 - 3)
+
+
+@pytest.mark.parametrize("structure", ["diag", "kron", "full"])
+def test_curvature_does_not_depend_on_the_batch_size(model, structure):
+    names = ("head.weight", "v_proj.lora_B", "v_proj.lora_A")
+    estimate = somewhere(model)
+    whole = curvature(model, estimate, names, structure, batch_size=12)
     for size in (1, 5):
-        for name, value in diagonal_curvature(gradients, data.batches(size)).items():
-            assert relative(value, diagonal[name]) < 1e-10
-        assert relative(full_curvature(last_layer, data.batches(size))["head.weight"], full) < 1e-10
+        for name, found in curvature(model, estimate, names, structure, batch_size=size).items():
+            for key, value in found.state().items():
+                assert relative(value, whole[name].state()[key]) < 1e-10
+
+
+class TestResuming:
+    """An interrupted pass goes on where it stood, and a finished one leaves nothing behind."""
+
+    @pytest.fixture
+    def interrupted(self, model, tmp_path, monkeypatch):
+        monkeypatch.setattr(summation, "CHECKPOINT_EVERY", 2)
+        real, calls = LogitGradients.products, []
+
+        def products(self, batch, cotangents):
+            calls.append(len(batch["labels"]))
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return real(self, batch, cotangents)
+
+        monkeypatch.setattr(LogitGradients, "products", products)
+        with pytest.raises(KeyboardInterrupt):
+            curvature(model, somewhere(model), tuple(model.sites), "kron", batch_size=2, checkpoint=tmp_path)
+        assert (tmp_path / FILE).is_file()
+        calls.clear()
+        monkeypatch.setattr(LogitGradients, "products", lambda *args: (calls.append(1), real(*args))[1])
+        return calls
+
+    def test_a_resumed_sum_is_the_sum(self, model, tmp_path, interrupted):
+        found = curvature(model, somewhere(model), tuple(model.sites), "kron", batch_size=2, checkpoint=tmp_path)
+        assert len(interrupted) == 4, "two of the six batches were already in the sums"
+        wanted = curvature(model, somewhere(model), tuple(model.sites), "kron", batch_size=2)
+        for name in wanted:
+            for key, value in wanted[name].state().items():
+                assert torch.equal(found[name].state()[key], value)
+        assert not list(tmp_path.iterdir())
+
+    def test_the_sums_of_another_estimate_are_refused(self, model, tmp_path, interrupted):
+        other = {name: value + 1 for name, value in somewhere(model).items()}
+        with pytest.raises(ValueError, match=r"of another estimate, data set or structure"):
+            curvature(model, other, tuple(model.sites), "kron", batch_size=2, checkpoint=tmp_path)
+
+    def test_damaged_sums_are_refused(self, model, tmp_path, interrupted):
+        (tmp_path / FILE).write_bytes(b"not a tensor")
+        with pytest.raises(ValueError, match=r"is damaged .*Delete it to start over"):
+            curvature(model, somewhere(model), tuple(model.sites), "kron", batch_size=2, checkpoint=tmp_path)
 
 
 @pytest.fixture
@@ -135,9 +243,9 @@ def test_missing_options_take_no_part(options_model):
     model = options_model
     estimate, batch = somewhere(model), whole_batch(model)
     gradients = LogitGradients(model, estimate, tuple(estimate))
-    logits, jacobians = gradients.jacobian(batch)
+    logits, jacobians = jacobian(gradients, batch)
     assert logits.isfinite().tolist() == [[True] * 3, [True, True, False], [True] * 3]
-    found = diagonal_curvature(gradients, iter([batch]))
+    found = curvature(model, estimate, tuple(estimate), "diag")
     for name in estimate:
         assert jacobians[name].isfinite().all()
         assert (jacobians[name][2, 1] == 0).all()
@@ -145,11 +253,11 @@ def test_missing_options_take_no_part(options_model):
         # row by row over the options that exist
         for row, options in enumerate((3, 2, 3)):
             one = {key: value[row : row + 1] for key, value in batch.items()}
-            own, jacobian = explicit_jacobians(model, one, estimate)
+            own, explicit = explicit_jacobians(model, one, estimate)
             probs = own[0, :options].softmax(-1)
-            flat = jacobian[name][0, :options].flatten(1)
+            flat = explicit[name][0, :options].flatten(1)
             total += torch.einsum("ci,cd,di->i", flat, probs.diag() - probs.outer(probs), flat)
-        assert relative(found[name].flatten(), total) < 1e-8
+        assert relative(found[name].total.flatten(), total) < 1e-8
 
 
 def test_the_backbone_and_the_estimate_are_left_alone(model):
@@ -157,8 +265,8 @@ def test_the_backbone_and_the_estimate_are_left_alone(model):
     before = {name: value.clone() for name, value in model.backbone.network.state_dict().items()}
     gradients = LogitGradients(model, estimate, tuple(estimate))
     with torch.no_grad():  # predictions run without gradients, and the Jacobian must turn them on for itself
-        gradients.jacobian(whole_batch(model))
-        diagonal_curvature(gradients, model.encode(model.task.train).batches(4))
+        gradients.products(whole_batch(model), each_logit)
+        curvature(model, estimate, tuple(estimate), "diag")
     assert all(parameter.grad is None for parameter in model.backbone.network.parameters())
     assert not any(parameter.requires_grad for parameter in model.backbone.network.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.backbone.network.state_dict().items())

@@ -50,7 +50,7 @@ class Regression:
     def found(self, precision, values, estimate=None):
         weights = self.estimate(precision) if estimate is None else estimate
         prior = NormalPrior(self.prior_mean, torch.as_tensor(precision, dtype=torch.float64))
-        return log_evidence(self.log_likelihood(weights), {"w": weights}, {"w": prior}, {"w": values})
+        return log_evidence(self.log_likelihood(weights), {"w": weights}, {"w": prior}, {"w": values[None]})
 
 
 def orthogonal_design():
@@ -84,7 +84,7 @@ def test_evidence_adds_up_over_sites():
         case.log_likelihood(weights),
         {name: weights[part] for name, part in parts.items()},
         dict.fromkeys(parts, prior),
-        {name: values[part] for name, part in parts.items()},
+        {name: values[None, part] for name, part in parts.items()},
     )
     assert apart == pytest.approx(case.exact(2.0), abs=1e-10)
 
@@ -112,6 +112,7 @@ def test_evidence_precision_is_the_best_of_a_fine_grid(scale):
     case = Regression()
     estimates = {"w": scale * case.estimate(1.0), "v": torch.full((3,), 0.1 * scale, dtype=torch.float64)}
     values = {"w": torch.linalg.eigvalsh(case.curvature), "v": torch.tensor([5.0, 50.0, 500.0], dtype=torch.float64)}
+    values = {name: value[None] for name, value in values.items()}
     declared = {name: NormalPrior(torch.tensor(0.0), torch.tensor(1.0, dtype=torch.float64)) for name in values}
     chosen = evidence_precision(estimates, declared, values)
     grid = torch.linspace(*LOG_PRECISION_BOUNDS, 3601, dtype=torch.float64)  # 0.005 apart
@@ -132,7 +133,7 @@ def test_evidence_precision_is_the_best_of_a_fine_grid(scale):
 def test_evidence_precision_keeps_the_prior_mean():
     case = Regression(0.4)
     declared = {"w": NormalPrior(case.prior_mean, torch.tensor(3.0, dtype=torch.float64))}
-    chosen = evidence_precision({"w": case.estimate(3.0)}, declared, {"w": torch.linalg.eigvalsh(case.curvature)})
+    chosen = evidence_precision({"w": case.estimate(3.0)}, declared, {"w": torch.linalg.eigvalsh(case.curvature)[None]})
     assert chosen["w"].mean == case.prior_mean
     assert chosen["w"].precision.shape == ()
 
@@ -148,12 +149,21 @@ class TestDeclaredPrior:
             assert float(prior.precision) == pytest.approx(25.0, rel=1e-6)
             assert prior.precision.dtype == torch.float64
 
-    def test_an_independent_normal_keeps_its_shape(self, three_topics_model):
+    def test_unequal_scales_become_one_precision_a_weight(self, three_topics_model):
         scales = torch.tensor([[0.125], [0.5]]).expand(2, 32)  # one a rank
         model = three_topics_model(prior={"*.lora_A": dist.Normal(0.0, scales).to_event(2), "*.lora_B": Flat()})
         found = declared_prior(model, ("q_proj.lora_A",))["q_proj.lora_A"]
-        assert found.precision[:, 0].tolist() == [64.0, 4.0]
-        assert found.precision.shape == (2, 32)
+        assert found.precision.shape == model.sites["q_proj.lora_A"].shape
+        for entry in found.precision:
+            assert entry[:, 0].tolist() == [64.0, 4.0]
+            assert (entry == entry[:, :1]).all()
+
+    def test_one_scale_a_layer_stays_one_number_a_layer(self, three_topics_model):
+        scales = torch.tensor([0.125, 0.5]).reshape(2, 1, 1)
+        model = three_topics_model(prior={"*.lora_A": dist.Normal(0.0, scales), "*.lora_B": Flat()})
+        found = declared_prior(model, ("q_proj.lora_A",))["q_proj.lora_A"]
+        assert found.precision.shape == (2, 1, 1)
+        assert found.precision.flatten().tolist() == [64.0, 4.0]
 
     def test_a_learned_prior_gives_its_present_scale(self, three_topics_model):
         model = three_topics_model(prior=learned(0.05))

@@ -5,14 +5,17 @@ import logging
 import pyro.distributions as dist
 import pytest
 import torch
+from torch.distributions import MultivariateNormal
 
 from pyrolora.guides import BLoB, Point, build_guide
 from pyrolora.inference.laplace import Laplace, LaplacePosterior
 from pyrolora.inference.laplace import engine as laplace_engine
-from pyrolora.inference.laplace.curvature import LogitGradients, diagonal_curvature, full_curvature
-from pyrolora.inference.laplace.engine import CurvatureFit, logit_covariance
 from pyrolora.inference.laplace.precision import LOG_PRECISION_BOUNDS, declared_prior
-from pyrolora.inference.laplace.predictive import LOGIT_DRAWS, softmax_draws
+from pyrolora.inference.laplace.structures import logit_covariance
+from pyrolora.inference.laplace.summation import new_structures, sum_curvature
+from pyrolora.inference.linearised import Linearised
+from pyrolora.inference.links import LOGIT_DRAWS
+from pyrolora.inference.logit_gradients import LogitGradients, each_logit, site_jacobian
 from pyrolora.inference.map import MAP
 from pyrolora.inference.posterior import Posterior
 from pyrolora.models.adapters import LastLayer, LoRA
@@ -43,10 +46,43 @@ def fitted(model, estimate=None, **settings):
     return Laplace(**settings).fit(model, model.task.train, progress=False, estimate=estimate, validation=validation)
 
 
+def sums(model, mean, names, structure, rank=3):
+    structures = new_structures(model, names, structure, rank)
+    data = model.encode(model.task.train)
+    sum_curvature(LogitGradients(model, mean, names), structures, data, batch_size=16, checkpoint=None, progress=False)
+    return structures
+
+
+def dense_covariance(structure, precision):
+    """The covariance of a whole site by dense inverses in float64, ``(weights, weights)``."""
+    kind, precision = type(structure).__name__, torch.as_tensor(precision, dtype=torch.float64)
+    if kind == "Diagonal":
+        return (1 / (structure.total + precision)).flatten().diag()
+    if kind == "Dense":
+        return torch.linalg.inv(structure.total + precision * torch.eye(len(structure.total), dtype=torch.float64))
+    blocks = []
+    for entry in range(len(structure.inputs)):
+        outputs, inputs = structure.outputs[entry], structure.inputs[entry] / structure.tokens
+        if structure.rank is not None:
+            outputs, inputs = (truncate(matrix, structure.rank) for matrix in (outputs, inputs))
+        whole = torch.kron(outputs, inputs)
+        own = precision.flatten()[entry] if precision.numel() > 1 else precision
+        blocks.append(torch.linalg.inv(whole + own * torch.eye(len(whole), dtype=torch.float64)))
+    return torch.block_diag(*blocks)
+
+
+def truncate(matrix, rank):
+    values, vectors = torch.linalg.eigh(matrix)
+    values[:-rank] = 0
+    return vectors @ values.diag() @ vectors.mT
+
+
+STRUCTURES = ["diag", "kron", "kron_lowrank", "full"]
+
+
 def test_diagonal_sd_is_one_over_root_curvature_plus_precision(model):
     estimate = point_at(model)
-    gradients = LogitGradients(model, estimate.mean(), tuple(model.sites))
-    curvature = diagonal_curvature(gradients, model.encode(model.task.train).batches(16))
+    curvature = {name: found.total for name, found in sums(model, estimate.mean(), tuple(model.sites), "diag").items()}
     posterior = fitted(model, estimate, structure="diag")
     draws = posterior.sample(4000, generator=torch.Generator().manual_seed(0))
     for name, factor in posterior.guide.items():
@@ -60,8 +96,7 @@ def test_diagonal_sd_is_one_over_root_curvature_plus_precision(model):
 
 def test_last_layer_covariance_is_the_inverse_of_the_dense_precision(model):
     estimate = point_at(model)
-    gradients = LogitGradients(model, estimate.mean(), ("head.weight",))
-    curvature = full_curvature(gradients, model.encode(model.task.train).batches(16))["head.weight"]
+    curvature = sums(model, estimate.mean(), ("head.weight",), "full")["head.weight"].total
     wanted = torch.linalg.inv(curvature + 4.0 * torch.eye(len(curvature), dtype=torch.float64))
     posterior = fitted(model, estimate, structure="last_layer")
     factors = dict(posterior.guide.items())
@@ -75,41 +110,72 @@ def test_last_layer_covariance_is_the_inverse_of_the_dense_precision(model):
     torch.testing.assert_close(posterior.mean()["q_proj.lora_A"], estimate.mean()["q_proj.lora_A"], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("structure", ["diag", "last_layer"])
-def test_logit_covariance_is_j_sigma_j(model, structure):
-    posterior = fitted(model, structure=structure)
-    names = tuple(model.sites) if structure == "diag" else ("head.weight",)
-    encoded = model.encode(model.task.test)
-    batch = encoded.batch(list(range(5)))
-    gradients = LogitGradients(model, posterior.mean(), names)
-    _, jacobian = gradients.jacobian(batch)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_the_guide_has_the_dense_covariance(model, structure):
+    """Marginal variances, entropy and density of the Pyro guide against a MultivariateNormal, site by site."""
+    estimate, names = point_at(model), ("v_proj.lora_A", "v_proj.lora_B", "head.weight")
+    posterior = fitted(model, estimate, structure=structure, sites="*", rank=3, temperature=0.5)
+    structures = sums(model, estimate.mean(), names, structure)
     factors = dict(posterior.guide.items())
-    wanted = torch.zeros(5, 3, 3, dtype=torch.float64)
-    scales = {}
+    draws = posterior.sample(3, generator=torch.Generator().manual_seed(0))
     for name in names:
-        factor = factors[name]
-        scales[name] = (factor.scale if structure == "diag" else factor.scale_tril).detach()
-        sigma = scales[name].flatten().square().diag() if structure == "diag" else scales[name] @ scales[name].mT
-        flat = jacobian[name].flatten(2).transpose(0, 1)
-        wanted += torch.einsum("rci,ij,rdj->rcd", flat, sigma, flat)
-    torch.testing.assert_close(logit_covariance(jacobian, scales.__getitem__), wanted, rtol=1e-9, atol=1e-12)
-    # and the engine's own fit, on which the validation search runs, says the same
-    curvature = (diagonal_curvature if structure == "diag" else full_curvature)(
-        gradients, model.encode(model.task.train).batches(16)
-    )
-    fit = CurvatureFit(structure, posterior.mean(), curvature, declared_prior(model, names))
-    torch.testing.assert_close(fit.logit_covariances([1.0])(jacobian)[:, 0], wanted, rtol=1e-6, atol=1e-10)
-    doubled = fit.rescaled(2.0).logit_covariances([1.0])(jacobian)
-    torch.testing.assert_close(fit.logit_covariances([1.0, 2.0])(jacobian)[:, 1:], doubled)
+        wanted = MultivariateNormal(estimate.mean()[name].flatten(), 0.5 * dense_covariance(structures[name], 4.0))
+        found = factors[name].distribution()
+        torch.testing.assert_close(found.variance.flatten(), wanted.variance, rtol=1e-9, atol=0)
+        torch.testing.assert_close(
+            found.log_prob(draws[name]), wanted.log_prob(draws[name].flatten(1)), rtol=1e-9, atol=0
+        )
+        if structure != "diag":
+            torch.testing.assert_close(found.entropy(), wanted.entropy(), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_logit_covariance_is_j_sigma_j(model, structure):
+    """The guide's, which predicts, and the structures', on which the validation search runs, against dense algebra."""
+    estimate, names = point_at(model), tuple(model.sites)
+    posterior = fitted(model, estimate, structure=structure, rank=3)
+    structures = sums(model, estimate.mean(), names, structure)
+    batch = model.encode(model.task.test).batch(list(range(5)))
+    _, products = LogitGradients(model, estimate.mean(), names).products(batch, each_logit)
+    wanted = torch.zeros(2, 5, 3, 3, dtype=torch.float64)
+    for name in names:
+        flat = site_jacobian(products[name], model.sites[name]).flatten(2)
+        for index, factor in enumerate((1.0, 3.0)):
+            covariance = dense_covariance(structures[name], 4.0 * factor)
+            wanted[index] += torch.einsum("cri,ij,drj->rcd", flat, covariance, flat)
+    _, found = Linearised(model, posterior.guide)(batch)
+    torch.testing.assert_close(found, wanted[0], rtol=1e-8, atol=1e-12)
+    precisions = {name: prior.precision for name, prior in declared_prior(model, names).items()}
+    both = logit_covariance(structures, products, precisions, (1.0, 3.0))
+    torch.testing.assert_close(both.transpose(0, 1), wanted, rtol=1e-8, atol=1e-12)
+
+
+def test_a_prior_scale_for_each_layer_is_used(three_topics_model):
+    scales = torch.tensor([0.2, 0.5]).reshape(2, 1, 1)
+    model = three_topics_model(adapter=LORA, prior=dist.Normal(0.0, scales))
+    estimate = point_at(model)
+    posterior = fitted(model, estimate, structure="kron")
+    structures = sums(model, estimate.mean(), ("v_proj.lora_A",), "kron")
+    wanted = dense_covariance(structures["v_proj.lora_A"], scales.double().square().reciprocal())
+    found = dict(posterior.guide.items())["v_proj.lora_A"].distribution().variance
+    torch.testing.assert_close(found.flatten(), wanted.diagonal(), rtol=1e-6, atol=0)
+
+
+def test_temperature_multiplies_the_covariance(model):
+    estimate = point_at(model)
+    batch = model.encode(model.task.test).batch(list(range(3)))
+    for structure in STRUCTURES:
+        plain, warm = (
+            Linearised(model, fitted(model, estimate, structure=structure, temperature=t).guide)(batch)[1]
+            for t in (1.0, 2.5)
+        )
+        torch.testing.assert_close(warm, 2.5 * plain, rtol=1e-9, atol=0)
 
 
 def test_linearised_predictions_push_gaussian_logits_through_the_softmax(model):
     posterior = fitted(model, structure="diag")
     batch = model.encode(model.task.test).batch(list(range(4)))
-    names = tuple(model.sites)
-    mean, jacobian = LogitGradients(model, posterior.mean(), names).jacobian(batch)
-    scales = {name: factor.scale.detach() for name, factor in posterior.guide.items()}
-    covariance = logit_covariance(jacobian, scales.__getitem__)
+    mean, covariance = Linearised(model, posterior.guide)(batch)
     root = torch.linalg.cholesky(covariance)
     normal = torch.randn(100_000, 4, 3, 1, dtype=torch.float64)
     wanted = (mean + (root @ normal)[..., 0]).softmax(-1)
@@ -120,31 +186,6 @@ def test_linearised_predictions_push_gaussian_logits_through_the_softmax(model):
     assert (plain - found.mean_probs).abs().max() > 0.03, (
         "the covariance must matter for the comparison to mean anything"
     )
-
-
-def test_softmax_draws_have_the_moments_of_monte_carlo():
-    mean = torch.tensor([[0.5, -1.0, 0.2], [2.0, 0.0, -2.0]], dtype=torch.float64)
-    root = torch.tensor(
-        [[[1.0, 0, 0], [0.6, 0.8, 0], [-0.5, 0.3, 0.4]], [[0.1, 0, 0], [0, 2.0, 0], [0, 0, 1.0]]]
-    ).double()
-    found = softmax_draws(mean, root @ root.mT, torch.Generator().manual_seed(0))
-    brute = (mean + (root @ torch.randn(200_000, 2, 3, 1, dtype=torch.float64))[..., 0]).softmax(-1)
-    # 256 independent draws would have a standard error of sd / 16; six of them at 12 numbers fail once in 4e7 runs,
-    # and quasi-random points are several times better
-    error = brute.std(0) / 16
-    assert ((found.mean(0) - brute.mean(0)).abs() < 6 * error).all()
-    assert ((found.mean(0) - brute.mean(0)).abs() < error).all(), (
-        "worse than a third of what plain Monte Carlo would do"
-    )
-    torch.testing.assert_close(found.std(0), brute.std(0), rtol=0.15, atol=0)
-
-
-def test_zero_covariance_gives_the_softmax_and_missing_options_none():
-    mean = torch.tensor([[0.5, -1.0, -torch.inf], [0.0, 1.0, 2.0]], dtype=torch.float64)
-    found = softmax_draws(mean, torch.zeros(2, 3, 3, dtype=torch.float64), torch.Generator().manual_seed(0))
-    torch.testing.assert_close(found, mean.softmax(-1).expand(LOGIT_DRAWS, -1, -1), rtol=0, atol=1e-15)
-    spread = torch.diag_embed(torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]], dtype=torch.float64))
-    assert (softmax_draws(mean, spread, torch.Generator().manual_seed(0))[:, 0, 2] == 0).all()
 
 
 def test_predictions_depend_on_the_generator_and_not_on_the_batch_size(model):
@@ -161,13 +202,13 @@ def test_predictions_depend_on_the_generator_and_not_on_the_batch_size(model):
 def test_kinds_of_prediction(model):
     posterior = fitted(model, structure="diag")
     assert isinstance(posterior, LaplacePosterior)
-    assert posterior.kinds == ("linearised", "mc", "mean")
+    assert posterior.kinds == ("mc", "mean", "linearised", "linearised_mf1", "linearised_probit", "linearised_bridge")
     assert posterior.default_kind == "linearised"
     assert not posterior.is_point
     assert posterior.predict(model.task.test, kind="mc", draws=3).probs.shape == (3, 9, 3)
     assert posterior.predict(model.task.test, kind="mean").probs.shape == (1, 9, 3)
-    with pytest.raises(ValueError, match=r"no prediction of kind 'linear'. Did you mean 'linearised'"):
-        posterior.predict(model.task.test, kind="linear")
+    with pytest.raises(ValueError, match=r"no prediction of kind 'linearized'. Did you mean 'linearised'"):
+        posterior.predict(model.task.test, kind="linearized")
 
 
 def test_a_given_estimate_is_not_refitted(model, monkeypatch):
@@ -230,7 +271,8 @@ class TestRefusals:
             fitted(model, sites="q_proj.lora_C")
 
     @pytest.mark.parametrize(
-        ("setting", "value", "near"), [("structure", "diagonal", "diag"), ("precision", "evidenc", "evidence")]
+        ("setting", "value", "near"),
+        [("structure", "diagonal", "diag"), ("precision", "evidenc", "evidence"), ("group", "sites", "site")],
     )
     def test_unknown_choices(self, setting, value, near):
         with pytest.raises(ValueError, match=f"Unknown {setting} '{value}'.*Did you mean '{near}'"):
@@ -253,12 +295,23 @@ class TestRefusals:
             fitted(model, structure="last_layer")
 
     def test_a_dense_covariance_under_unequal_scales(self, three_topics_model):
-        scales = torch.full((3, 1), 0.2)
+        scales = torch.tensor([[0.2], [0.3], [0.4]])
         model = three_topics_model(
             adapter=[LORA, LastLayer()], prior={"*.lora_*": NORMAL, "head.*": dist.Normal(0.0, scales)}
         )
         with pytest.raises(ValueError, match=r"one prior scale for the whole site 'head.weight'"):
             fitted(model, structure="last_layer")
+
+    @pytest.mark.parametrize(
+        ("settings", "words"),
+        [
+            ({"rank": 0}, "rank and batch_size must be at least 1"),
+            ({"temperature": 0.0}, "temperature must be positive"),
+        ],
+    )
+    def test_settings_out_of_range(self, settings, words):
+        with pytest.raises(ValueError, match=words):
+            Laplace(**settings)
 
     def test_a_blob_estimate_is_taken_at_its_mean(self, model):
         guide = build_guide({"*.lora_A": BLoB(), "*.lora_B": Point(), "head.*": Point()}, model)

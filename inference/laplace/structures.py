@@ -1,0 +1,259 @@
+"""Structures of the curvature of one site: what is summed over the data, and its eigenbasis."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pyrolora.inference.logit_gradients import Product, site_jacobian
+from pyrolora.models.sites import Site
+
+
+@dataclass(frozen=True)
+class Block:
+    """Gradients of a batch in one part of the eigenbasis.
+
+    Attributes:
+        vectors: ``(columns, rows, directions)``.
+        eigenvalues: curvature in each direction, ``(directions,)``.
+        precision: prior precision in each direction, broadcasts to ``(directions,)``.
+        replaces_prior: whether the part corrects a share that another part counted with the prior alone.
+    """
+
+    vectors: Tensor
+    eigenvalues: Tensor
+    precision: Tensor
+    replaces_prior: bool = False
+
+    def covariance(self, factor: float) -> Tensor:
+        """``J Sigma J'`` of the part, with the prior precision times a factor, ``(rows, columns, columns)``."""
+        precision = self.precision * factor
+        variance = 1 / (self.eigenvalues + precision)
+        if self.replaces_prior:
+            variance = variance - 1 / precision
+        rows_first = self.vectors.transpose(0, 1)
+        return (rows_first * variance) @ rows_first.mT
+
+
+class Structure(ABC):
+    """Curvature of one site, summed over the data, and what is read off it.
+
+    Args:
+        site: the site.
+        dtype: type of the sums.
+        device: where they live.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, site: Site, dtype: torch.dtype, device: torch.device) -> None:
+        self.site, self.dtype, self.device = site, dtype, device
+
+    @abstractmethod
+    def add(self, products: list[Product]) -> None:
+        """Add a batch: one product for each entry of the site's stack, with `hessian_root` columns."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """The sums, by name; `add` changes them in place."""
+
+    @abstractmethod
+    def decompose(self) -> None:
+        """Find eigenvalues and eigenvectors of the finished sums."""
+
+    @abstractmethod
+    def eigenvalues(self) -> Tensor:
+        """Eigenvalues, with the entries of the stack first, ``(entries, directions)``."""
+
+    @abstractmethod
+    def blocks(self, jacobian: Tensor, precision: Tensor) -> Iterator[Block]:
+        """Gradients of a batch in the eigenbasis.
+
+        Args:
+            jacobian: gradients of the site's weights, ``(columns, rows, *site.shape)``.
+            precision: prior precision that `takes` accepts.
+        """
+
+    def takes(self, precision: Tensor) -> bool:
+        """Whether the eigenbasis serves this prior precision: by default only one number for the whole site."""
+        return precision.numel() == 1
+
+
+class Diagonal(Structure):
+    """The diagonal alone: every weight by itself."""
+
+    name = "diag"
+
+    def __init__(self, site: Site, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(site, dtype, device)
+        self.total = torch.zeros(site.shape, dtype=dtype, device=device)
+
+    def add(self, products: list[Product]) -> None:
+        """See `Structure.add`."""
+        entries = self.total if self.site.modules else self.total[None]
+        for entry, product in zip(entries, products, strict=True):
+            entry += product.weights().square().sum((0, 1))
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Structure.state`."""
+        return {"total": self.total}
+
+    def decompose(self) -> None:
+        """Nothing to do: the diagonal is its own eigenbasis."""
+
+    def eigenvalues(self) -> Tensor:
+        """See `Structure.eigenvalues`."""
+        return self.total.flatten(1) if self.site.modules else self.total.flatten()[None]
+
+    def blocks(self, jacobian: Tensor, precision: Tensor) -> Iterator[Block]:
+        """See `Structure.blocks`."""
+        yield Block(jacobian.flatten(2), self.total.flatten(), precision.expand(self.site.shape).flatten())
+
+    def takes(self, precision: Tensor) -> bool:
+        """Any precision: see `Structure.takes`."""
+        return True
+
+
+class Dense(Structure):
+    """Every pair of weights of the site, entries of a stack together."""
+
+    name = "full"
+
+    def __init__(self, site: Site, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(site, dtype, device)
+        self.total = torch.zeros(site.numel, site.numel, dtype=dtype, device=device)
+
+    def add(self, products: list[Product]) -> None:
+        """See `Structure.add`."""
+        flat = site_jacobian(products, self.site).flatten(2).flatten(0, 1)
+        self.total += flat.mT @ flat
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Structure.state`."""
+        return {"total": self.total}
+
+    def decompose(self) -> None:
+        """See `Structure.decompose`."""
+        values, vectors = torch.linalg.eigh(self.total.double())
+        self.values, self.basis = values.clamp_min(0).to(self.dtype), vectors.to(self.dtype)
+
+    def eigenvalues(self) -> Tensor:
+        """See `Structure.eigenvalues`."""
+        return self.values[None]
+
+    def blocks(self, jacobian: Tensor, precision: Tensor) -> Iterator[Block]:
+        """See `Structure.blocks`."""
+        yield Block(jacobian.flatten(2) @ self.basis, self.values, precision)
+
+
+class Kronecker(Structure):
+    """Kronecker factors of every entry: input second moments and output-gradient second moments, over all tokens.
+
+    For an entry with N examples of T_n tokens the curvature is approximated by ``G kron A`` with
+    ``A = sum_nt a a' / sum_n T_n`` and ``G = sum_ntc g g'``, each token taken as a sample of its own.
+
+    Source: Martens and Grosse, 2015; Eschenhagen et al., "Kronecker-Factored Approximate Curvature for Modern Neural
+    Network Architectures", 2023 (the expand setting).
+
+    Args:
+        site: the site.
+        dtype: type of the sums.
+        device: where they live.
+        rank: eigenvectors kept of a side longer than it; the rest of that side counts as flat. None keeps all.
+    """
+
+    name = "kron"
+
+    def __init__(self, site: Site, dtype: torch.dtype, device: torch.device, rank: int | None = None) -> None:
+        super().__init__(site, dtype, device)
+        self.rank = rank
+        entries = site.shape[0] if site.modules else 1
+        out_features, in_features = site.shape[-2:]
+        self.inputs = torch.zeros(entries, in_features, in_features, dtype=dtype, device=device)
+        self.outputs = torch.zeros(entries, out_features, out_features, dtype=dtype, device=device)
+        self.tokens = torch.zeros((), dtype=torch.float64)
+
+    def add(self, products: list[Product]) -> None:
+        """See `Structure.add`."""
+        for entry, product in enumerate(products):
+            rows = product.inputs.flatten(0, 1)
+            gradients = product.gradients.flatten(0, 2)
+            self.inputs[entry] += rows.mT @ rows
+            self.outputs[entry] += gradients.mT @ gradients
+        self.tokens += products[0].tokens
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Structure.state`."""
+        return {"inputs": self.inputs, "outputs": self.outputs, "tokens": self.tokens}
+
+    def decompose(self) -> None:
+        """See `Structure.decompose`."""
+        self.in_values, self.in_basis = self._leading(self.inputs / self.tokens.to(self.dtype))
+        self.out_values, self.out_basis = self._leading(self.outputs)
+
+    def _leading(self, factors: Tensor) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(factors.double())
+        kept = factors.shape[-1] if self.rank is None else min(self.rank, factors.shape[-1])
+        values, vectors = values[:, -kept:], vectors[..., -kept:]
+        return values.clamp_min(0).to(self.dtype), vectors.to(self.dtype)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether directions were left out of the basis."""
+        return self.in_basis.shape[-1] < self.in_basis.shape[-2] or self.out_basis.shape[-1] < self.out_basis.shape[-2]
+
+    def products_of_eigenvalues(self) -> Tensor:
+        """Curvature of each pair of directions, ``(entries, out directions, in directions)``."""
+        return self.out_values[..., None] * self.in_values[:, None]
+
+    def eigenvalues(self) -> Tensor:
+        """See `Structure.eigenvalues`; directions that were left out are zeros."""
+        kept = self.products_of_eigenvalues().flatten(1)
+        left_out = self.site.shape[-1] * self.site.shape[-2] - kept.shape[1]
+        return torch.cat([kept, kept.new_zeros(kept.shape[0], left_out)], dim=1)
+
+    def blocks(self, jacobian: Tensor, precision: Tensor) -> Iterator[Block]:
+        """See `Structure.blocks`."""
+        pairs = self.products_of_eigenvalues()
+        stacked = jacobian if self.site.modules else jacobian[:, :, None]
+        if self.truncated:
+            whole = jacobian.flatten(2)
+            yield Block(whole, whole.new_zeros(()), precision.expand(self.site.shape).flatten())
+        rotated = self.out_basis.mT @ stacked @ self.in_basis
+        yield Block(
+            rotated.flatten(2), pairs.flatten(), precision.expand(pairs.shape).flatten(), replaces_prior=self.truncated
+        )
+
+    def takes(self, precision: Tensor) -> bool:
+        """One number, or one for each entry of the stack: see `Structure.takes`."""
+        return precision.numel() == 1 or precision.shape == (self.inputs.shape[0], 1, 1)
+
+
+def logit_covariance(
+    structures: Mapping[str, Structure],
+    products: Mapping[str, list[Product]],
+    precisions: Mapping[str, Tensor],
+    factors: tuple[float, ...] = (1.0,),
+) -> Tensor:
+    """``J Sigma J'`` of every row, summed over sites, for several factors on the prior precision.
+
+    Args:
+        structures: site name -> decomposed curvature.
+        products: site name -> products with `each_logit` columns.
+        precisions: site name -> prior precision.
+        factors: factors on all prior precisions.
+
+    Shape:
+        ``(rows, factors, classes, classes)``
+    """
+    total: Tensor | None = None
+    for name, structure in structures.items():
+        for block in structure.blocks(site_jacobian(products[name], structure.site), precisions[name]):
+            part = torch.stack([block.covariance(factor) for factor in factors], dim=1)
+            total = part if total is None else total + part
+    if total is None:
+        raise ValueError("No site has a curvature.")
+    return total

@@ -1,0 +1,74 @@
+"""Gaussian logits of the linearised network around a posterior's mean."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from pyrolora.guides.base import Guide
+from pyrolora.guides.projection import is_normal, projected_covariance
+from pyrolora.inference.logit_gradients import LogitGradients, Product, each_logit, site_jacobian, split_batch
+from pyrolora.models.program import BayesianModel
+
+Covariance = Callable[[dict[str, list[Product]]], Tensor]
+
+
+def linearised_logits(
+    gradients: LogitGradients, batch: Mapping[str, Tensor], covariance: Covariance
+) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the logits under ``f(w) = f(w*) + J (w - w*)``: one forward, ``classes`` backwards.
+
+    Source: Immer et al., "Improving predictions of Bayesian neural nets via local linearization", 2021.
+
+    Args:
+        gradients: where to linearise.
+        batch: a batch.
+        covariance: from the products with `each_logit` columns to the logit covariance of each row.
+
+    Shape:
+        ``(rows, classes)`` and whatever ``covariance`` returns, rows first
+    """
+    means, covariances = [], []
+    for part in split_batch(batch, gradients.rows_at_once(batch)):
+        logits, products = gradients.products(part, each_logit)
+        means.append(logits)
+        covariances.append(covariance(products))
+    return torch.cat(means), torch.cat(covariances)
+
+
+def normal_sites(guide: Guide, model: BayesianModel) -> tuple[str, ...]:
+    """Sites of the network at which the guide is Normal, or none if it is random in any other way somewhere."""
+    factors = {name: factor for name, factor in guide.items() if "scale" in factor.roles.values()}
+    if any(name in model.adapter_sites and not is_normal(factor.distribution()) for name, factor in factors.items()):
+        return ()
+    return tuple(name for name in factors if name in model.adapter_sites)
+
+
+class Linearised:
+    """The linearised predictive of a guide that is Normal or a point at every site.
+
+    Usage::
+
+        mean, covariance = Linearised(model, guide)(batch)
+
+    Args:
+        model: the model.
+        guide: the posterior.
+    """
+
+    def __init__(self, model: BayesianModel, guide: Guide) -> None:
+        self.model = model
+        names = normal_sites(guide, model)
+        self.distributions = {name: factor.distribution() for name, factor in guide.items() if name in names}
+        self.gradients = LogitGradients(model, guide.mean(), names)
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of a batch's logits, ``(rows, classes)`` and ``(rows, classes, classes)``."""
+        return linearised_logits(self.gradients, batch, self._covariance)
+
+    def _covariance(self, products: dict[str, list[Product]]) -> Tensor:
+        parts = [
+            projected_covariance(distribution, site_jacobian(products[name], self.model.adapter_sites[name]))
+            for name, distribution in self.distributions.items()
+        ]
+        return torch.stack(parts).sum(0)

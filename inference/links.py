@@ -1,0 +1,103 @@
+"""From Gaussian logits to class probabilities: quasi-Monte-Carlo, and closed forms."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.quasirandom import SobolEngine
+
+# logit draws cost nothing beside the gradients, so the Monte-Carlo error is made negligible
+LOGIT_DRAWS = 256
+
+
+def softmax_draws(mean: Tensor, covariance: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Class probabilities of quasi-random Gaussian logits.
+
+    Args:
+        mean: logit means; minus infinity for options that a row lacks.
+        covariance: logit covariances.
+        generator: seeds the scrambling of the Sobol points.
+
+    Shape:
+        mean ``(rows, classes)``, covariance ``(rows, classes, classes)``; returns ``(LOGIT_DRAWS, rows, classes)``
+    """
+    seed = int(torch.randint(2**31, (), generator=generator))
+    classes = mean.shape[-1]
+    uniform = SobolEngine(classes, scramble=True, seed=seed).draw(LOGIT_DRAWS, dtype=torch.float64)
+    normal = torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9)).to(mean)
+    values, vectors = torch.linalg.eigh(covariance)
+    root = vectors * values.clamp_min(0).sqrt()[..., None, :]
+    return (mean + torch.einsum("rij,sj->sri", root, normal)).softmax(-1)
+
+
+def probit(mean: Tensor, covariance: Tensor) -> Tensor:
+    """``softmax(mean / sqrt(1 + pi/8 var))``, the multi-class probit of Laplace libraries.
+
+    Not invariant to a shift of all logits, unlike `mean_field_softmax`; offered for comparison with them.
+
+    Source: MacKay, "The evidence framework applied to classification networks", 1992.
+
+    Shape:
+        mean ``(rows, classes)``, covariance ``(rows, classes, classes)``; returns ``(rows, classes)``
+    """
+    variance = covariance.diagonal(dim1=-2, dim2=-1)
+    return (mean / (1 + torch.pi / 8 * variance).sqrt()).softmax(-1)
+
+
+def mean_field_softmax(mean: Tensor, covariance: Tensor) -> Tensor:
+    """The mf1 approximation: every pair of logits is a binary problem with its own variance.
+
+    ``p_k ~ 1 / sum_i exp((m_i - m_k) / sqrt(1 + pi/8 (v_k + v_i - 2 v_ki)))``, renormalised. Shift-invariant, uses the
+    covariances, and nearly exact for two classes.
+
+    Source: Lu, Ie and Sha, "Mean-field approximation to Gaussian-softmax integral", 2020.
+
+    Shape:
+        mean ``(rows, classes)``, covariance ``(rows, classes, classes)``; returns ``(rows, classes)``
+    """
+    variance = covariance.diagonal(dim1=-2, dim2=-1)
+    spread = (variance[..., :, None] + variance[..., None, :] - 2 * covariance).clamp_min(0)
+    present = mean.isfinite()
+    finite = mean.masked_fill(~present, 0)
+    exponent = (finite[..., None, :] - finite[..., :, None]) / (1 + torch.pi / 8 * spread).sqrt()
+    exponent = exponent.masked_fill(~present[..., None, :], -torch.inf)
+    log_probs = -exponent.logsumexp(-1)
+    return log_probs.masked_fill(~present, -torch.inf).softmax(-1)
+
+
+def laplace_bridge(mean: Tensor, covariance: Tensor) -> Tensor:
+    """Mean of the Dirichlet that matches the Gaussian logits at zero sum.
+
+    Off by 0.1 and more where logit variances exceed about 1, and not invariant to a shift of all logits.
+
+    ``alpha_k = (1 - 2/C + exp(m_k) / C^2 sum_l exp(-m_l)) / v_k`` with m and v conditioned on ``sum_k logit_k = 0``.
+
+    Source: Hobbhahn, Kristiadi and Hennig, "Fast predictive uncertainty for classification with Bayesian deep networks",
+    2022.
+
+    Shape:
+        mean ``(rows, classes)``, covariance ``(rows, classes, classes)``; returns ``(rows, classes)``
+
+    Raises:
+        ValueError: rows that lack an option, where classes differ from row to row.
+    """
+    if not mean.isfinite().all():
+        raise ValueError("The Laplace bridge needs every class in every row; use kind='linearised_mf1' for these data.")
+    classes = mean.shape[-1]
+    total = covariance.sum((-2, -1))
+    row_sums = covariance.sum(-1)
+    centred = mean - row_sums * (mean.sum(-1) / total)[..., None]
+    variance = (covariance - row_sums[..., :, None] * row_sums[..., None, :] / total[..., None, None]).diagonal(
+        dim1=-2, dim2=-1
+    )
+    inverse_sum = (-centred).exp().sum(-1, keepdim=True)
+    alpha = (1 - 2 / classes + centred.exp() * inverse_sum / classes**2) / variance
+    return alpha / alpha.sum(-1, keepdim=True)
+
+
+# kind of prediction -> closed form
+LINKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "linearised_mf1": mean_field_softmax,
+    "linearised_probit": probit,
+    "linearised_bridge": laplace_bridge,
+}
