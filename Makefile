@@ -4,7 +4,7 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-PINNED := pyproject.toml constraints.txt assets.txt
+PINNED := pyproject.toml constraints.txt assets.txt oracles.txt
 NOTEBOOKS := $(wildcard notebooks/*.py)
 
 .DEFAULT_GOAL := help
@@ -56,4 +56,5 @@ $(VENV)/.demo: $(PINNED) | $(BIN)/python
 
 $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/.demo
 	$(PIP) install -c constraints.txt -e '.[$*]'
+	@test $* != test || $(PIP) install --no-deps -r oracles.txt
 	@touch $@

@@ -148,7 +148,7 @@ def test_sdist_holds_every_module_once(built):
     expected = {str(path.relative_to(REPO)) for path in source_files().values()}
     expected |= {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "src/pyrolora/py.typed"}
     # enough to run the tests and the demo from it
-    expected |= {"Makefile", "constraints.txt", "assets.txt", "tests/conftest.py"}
+    expected |= {"Makefile", "constraints.txt", "assets.txt", "oracles.txt", "tests/conftest.py"}
     assert expected - names == set()
     assert not [name for name in names for room in ROOMS if name.startswith(f"src/pyrolora/{room}")]
     assert not [member.name for member in members if member.issym()]
