@@ -108,14 +108,14 @@ class KroneckerDistribution(dist.TorchDistribution):
         """Reparameterised draws, ``(*sample_shape, *event_shape)``."""
         shape = torch.Size(sample_shape)
         noise = torch.randn(*shape, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device)
-        rotated = self.out_basis.mT @ noise @ self.in_basis
-        change = self.out_basis @ (rotated * (self.scale - self.rest)) @ self.in_basis.mT
+        rotated = rotate(noise, self.out_basis, self.in_basis)
+        change = rotate(rotated * (self.scale - self.rest), self.out_basis.mT, self.in_basis.mT)
         return (self.loc + self.rest * noise + change).reshape(*shape, *self.event_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density in nats, ``sample_shape``."""
         away = value.reshape(*value.shape[: value.dim() - len(self.event_shape)], *self.loc.shape) - self.loc
-        rotated = self.out_basis.mT @ away @ self.in_basis
+        rotated = rotate(away, self.out_basis, self.in_basis)
         outside = self.rest.square().reciprocal()
         misfit = (away.square() * outside).sum((-3, -2, -1))
         misfit = misfit + (rotated.square() * (self.scale.square().reciprocal() - outside)).sum((-3, -2, -1))
@@ -137,6 +137,18 @@ class KroneckerDistribution(dist.TorchDistribution):
         if torch.Size(batch_shape):
             raise NotImplementedError("KroneckerDistribution has no batch shape; ask for draws with sample((n,)).")
         return self
+
+
+def rotate(stack: Tensor, out_basis: Tensor, in_basis: Tensor) -> Tensor:
+    """``U' W V`` for every matrix of a stack, as two batched products whatever the leading dimensions.
+
+    Shape:
+        stack ``(*leading, entries, out, in)``, out_basis ``(entries, out, p)``, in_basis ``(entries, in, q)``; returns
+        ``(*leading, entries, p, q)``
+    """
+    # a broadcast matmul would copy the bases for every matrix
+    narrow = torch.einsum("...eoi,eiq->...eoq", stack, in_basis)
+    return torch.einsum("...eoq,eop->...epq", narrow, out_basis)
 
 
 class KroneckerFactor(Factor):

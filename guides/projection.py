@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyrolora.guides.full_covariance import DenseNormal
-from pyrolora.guides.kronecker import KroneckerDistribution
+from pyrolora.guides.kronecker import KroneckerDistribution, rotate
 from pyrolora.guides.low_rank import LowRankNormal
 
 
@@ -65,7 +65,7 @@ def _dense(distribution: DenseNormal, jacobian: Tensor) -> Tensor:
 @projected_covariance.register(KroneckerDistribution)
 def _kronecker(distribution: KroneckerDistribution, jacobian: Tensor) -> Tensor:
     stacked = jacobian.reshape(*jacobian.shape[:2], *distribution.loc.shape)
-    rotated = _rows(distribution.out_basis.mT @ stacked @ distribution.in_basis)
+    rotated = _rows(rotate(stacked, distribution.out_basis, distribution.in_basis))
     variance = distribution.scale.square()
     if not distribution.truncated:
         return (rotated * variance.flatten()) @ rotated.mT

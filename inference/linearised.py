@@ -4,35 +4,39 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pyrolora.guides.base import Guide
 from pyrolora.guides.projection import is_normal, projected_covariance
-from pyrolora.inference.logit_gradients import LogitGradients, Product, each_logit, site_jacobian, split_batch
+from pyrolora.inference.logit_gradients import LogitGradients, each_contrast, each_logit, split_batch
 from pyrolora.models.program import BayesianModel
 
-Covariance = Callable[[dict[str, list[Product]]], Tensor]
+Covariance = Callable[[dict[str, Tensor]], Tensor]
 
 
 def linearised_logits(
-    gradients: LogitGradients, batch: Mapping[str, Tensor], covariance: Covariance
+    gradients: LogitGradients, batch: Mapping[str, Tensor], covariance: Covariance, *, contrasts: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of the logits under ``f(w) = f(w*) + J (w - w*)``: one forward, ``classes`` backwards.
+    """Mean and covariance of the logits under ``f(w) = f(w*) + J (w - w*)``: one forward, a backward for each class.
 
     Source: Immer et al., "Improving predictions of Bayesian neural nets via local linearization", 2021.
 
     Args:
         gradients: where to linearise.
         batch: a batch.
-        covariance: from the products with `each_logit` columns to the logit covariance of each row.
+        covariance: from the Jacobians of the sites to the covariance of the columns, rows first.
+        contrasts: take the differences to the first class instead of all logits, which saves a backward. What is common to
+            all logits gets no variance; a softmax does not see it.
 
     Shape:
-        ``(rows, classes)`` and whatever ``covariance`` returns, rows first
+        ``(rows, classes)`` and ``(rows, ..., classes, classes)``
     """
     means, covariances = [], []
     for part in split_batch(batch, gradients.rows_at_once(batch)):
-        logits, products = gradients.products(part, each_logit)
+        logits, jacobians = gradients.jacobians(part, each_contrast if contrasts else each_logit)
         means.append(logits)
-        covariances.append(covariance(products))
+        # the first class differs from itself by nothing
+        covariances.append(functional.pad(covariance(jacobians), (1, 0, 1, 0)) if contrasts else covariance(jacobians))
     return torch.cat(means), torch.cat(covariances)
 
 
@@ -62,13 +66,17 @@ class Linearised:
         self.distributions = {name: factor.distribution() for name, factor in guide.items() if name in names}
         self.gradients = LogitGradients(model, guide.mean(), names)
 
-    def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Mean and covariance of a batch's logits, ``(rows, classes)`` and ``(rows, classes, classes)``."""
-        return linearised_logits(self.gradients, batch, self._covariance)
+    def __call__(self, batch: Mapping[str, Tensor], *, contrasts: bool = False) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of a batch's logits, ``(rows, classes)`` and ``(rows, classes, classes)``.
 
-    def _covariance(self, products: dict[str, list[Product]]) -> Tensor:
+        Args:
+            batch: a batch.
+            contrasts: see `linearised_logits`.
+        """
+        return linearised_logits(self.gradients, batch, self._covariance, contrasts=contrasts)
+
+    def _covariance(self, jacobians: dict[str, Tensor]) -> Tensor:
         parts = [
-            projected_covariance(distribution, site_jacobian(products[name], self.model.adapter_sites[name]))
-            for name, distribution in self.distributions.items()
+            projected_covariance(distribution, jacobians[name]) for name, distribution in self.distributions.items()
         ]
         return torch.stack(parts).sum(0)

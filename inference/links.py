@@ -101,3 +101,6 @@ LINKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "linearised_probit": probit,
     "linearised_bridge": laplace_bridge,
 }
+
+# links for which the contrasts between logits say everything
+SHIFT_INVARIANT = (mean_field_softmax,)

@@ -1,6 +1,6 @@
 """Gradients of the logits as pairs of activations and output gradients, never as weights of every example."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,21 +10,21 @@ from pyrolora.models.adapters.base import LinearTape
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.sites import Site
 
-# elements of output gradients alive at once (float32: 256 MB)
-GRADIENT_ELEMENTS = 2**26
+# elements of Jacobians alive at once (float32: 256 MB)
+JACOBIAN_ELEMENTS = 2**26
 
 Cotangents = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Product:
-    """One linear map of a batch: what went in, and the gradients of what came out.
+    """One linear map of a batch: what went in, and the gradient of what came out.
 
-    The gradient of the map's weights for row n and column c is ``sum_t gradients[c, n, t] inputs[n, t]'``.
+    The gradient of the map's weights for row n is ``sum_t gradients[n, t] inputs[n, t]'``.
 
     Attributes:
         inputs: ``(rows, tokens, in)``, zero at padding.
-        gradients: ``(columns, rows, tokens, out)``.
+        gradients: ``(rows, tokens, out)``.
         tokens: number of tokens that are not padding, in all rows.
     """
 
@@ -33,21 +33,18 @@ class Product:
     tokens: int
 
     def weights(self) -> Tensor:
-        """Gradients of the weights, row by row, ``(columns, rows, out, in)``."""
-        columns = self.gradients.shape[0]
-        inputs = self.inputs.expand(columns, *self.inputs.shape)
-        return self.gradients.mT @ inputs
+        """Gradients of the weights, row by row, ``(rows, out, in)``."""
+        return self.gradients.mT @ self.inputs
 
 
-def site_jacobian(products: list[Product], site: Site) -> Tensor:
-    """Gradients of a site's weights, row by row, from the products of its entries.
+Products = dict[str, list[Product]]
 
-    Shape:
-        ``(columns, rows, *site.shape)``
-    """
+
+def site_gradient(products: list[Product], site: Site) -> Tensor:
+    """Gradients of a site's weights, row by row, from the products of its entries, ``(rows, *site.shape)``."""
     if not site.modules:
         return products[0].weights()
-    return torch.stack([product.weights() for product in products], dim=2)
+    return torch.stack([product.weights() for product in products], dim=1)
 
 
 def each_logit(logits: Tensor) -> Tensor:
@@ -56,15 +53,28 @@ def each_logit(logits: Tensor) -> Tensor:
     return identity[:, None].expand(-1, logits.shape[0], -1)
 
 
-def hessian_root(logits: Tensor) -> Tensor:
-    """Columns of the square root of the categorical likelihood's Hessian, ``(classes, rows, classes)``.
+def each_contrast(logits: Tensor) -> Tensor:
+    """Differences to the first class, all that a softmax sees, ``(classes - 1, rows, classes)``."""
+    columns = each_logit(logits)[1:].clone()
+    columns[..., 0] = -1
+    return columns
 
-    The Hessian in the logits is ``diag(p) - p p'``; its root has the columns ``sqrt(p_c) (e_c - p)``. It is also the exact
-    Fisher information, so no labels are sampled.
+
+def hessian_root(logits: Tensor) -> Tensor:
+    """Columns of a square root of the categorical likelihood's Hessian, ``(classes - 1, rows, classes)``.
+
+    The Hessian in the logits is ``diag(p) - p p' = D (I - s s') D`` with ``s = sqrt(p)`` and ``D = diag(s)``: the unit vector
+    s is no direction of it, and the reflection that takes s to a coordinate axis has a basis of all others as its columns. It
+    is also the exact Fisher information, so no labels are sampled.
     """
-    probs = logits.softmax(-1)
-    identity = torch.eye(probs.shape[-1], dtype=probs.dtype, device=probs.device)
-    return (probs.sqrt()[..., None] * (identity - probs[:, None])).transpose(0, 1)
+    root = logits.softmax(-1).sqrt()
+    axis = torch.zeros_like(root)
+    axis[:, 0] = 1
+    # the sum of two vectors without negative entries cannot cancel
+    normal = root + axis
+    identity = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
+    reflection = identity - 2 * normal[:, :, None] * normal[:, None] / normal.square().sum(-1)[:, None, None]
+    return (root[:, :, None] * reflection[..., 1:]).permute(2, 0, 1)
 
 
 class LogitGradients:
@@ -83,8 +93,10 @@ class LogitGradients:
             name: value.detach().clone().requires_grad_(name in self.names) for name, value in estimate.items()
         }
 
-    def products(self, batch: Mapping[str, Tensor], cotangents: Cotangents) -> tuple[Tensor, dict[str, list[Product]]]:
-        """Logits of a batch, and a `Product` for every entry of every site.
+    def columns(self, batch: Mapping[str, Tensor], cotangents: Cotangents) -> tuple[Tensor, Iterator[Products]]:
+        """Logits of a batch, and for every column a `Product` for every entry of every site.
+
+        The activations are kept until the last column has been taken.
 
         Args:
             batch: a batch; rows of padding tokens contribute nothing.
@@ -98,50 +110,62 @@ class LogitGradients:
         """
         with torch.enable_grad(), LinearTape() as tape:
             logits = self.model.row_logits(batch, self.estimate)
-        taped = {name: [tape.products[name][i] for i in sorted(tape.products[name])] for name in self._taped(tape)}
-        outputs = [output for entries in taped.values() for _, output in entries]
+        self._check(tape)
         columns = cotangents(logits.detach())
         # minus infinity marks options that a row lacks: they take no part
         columns = torch.where(logits.isfinite(), columns, 0)
-        found: list[list[Tensor]] = [[] for _ in outputs]
+        mask = batch["attention_mask"].to(logits.device)
+        return logits.detach(), self._backwards(logits, columns, tape, mask)
+
+    def _backwards(self, logits: Tensor, columns: Tensor, tape: LinearTape, mask: Tensor) -> Iterator[Products]:
+        places = [(name, entry) for name in self.names for entry in sorted(tape.products[name])]
+        taped = [tape.products[name][entry] for name, entry in places]
+        tokens, inputs = int(mask.sum()), _masked([rows for rows, _ in taped], mask, logits.dtype)
         for index, column in enumerate(columns):
             last = index == len(columns) - 1
-            for kept, gradient in zip(
-                found, torch.autograd.grad(logits, outputs, column, retain_graph=not last), strict=True
-            ):
-                kept.append(gradient)
+            gradients = torch.autograd.grad(logits, [output for _, output in taped], column, retain_graph=not last)
+            found: Products = {name: [] for name in self.names}
+            for (name, _), rows, gradient in zip(places, inputs, gradients, strict=True):
+                # a head sees one position a row
+                found[name].append(Product(rows, gradient, tokens if rows.shape[1] > 1 else rows.shape[0]))
+            yield found
         self.model.release()
-        mask = batch["attention_mask"].to(logits.device)
-        gradients = iter(found)
-        return logits.detach(), {
-            name: [_product(rows, torch.stack(next(gradients)), mask) for rows, _ in entries]
-            for name, entries in taped.items()
-        }
 
-    def _taped(self, tape: LinearTape) -> tuple[str, ...]:
+    def jacobians(self, batch: Mapping[str, Tensor], cotangents: Cotangents) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits of a batch, and gradients of every site's weights, row by row.
+
+        Shape:
+            logits ``(rows, classes)``; site name -> ``(columns, rows, *site.shape)``
+        """
+        logits, columns = self.columns(batch, cotangents)
+        found: dict[str, list[Tensor]] = {name: [] for name in self.names}
+        for products in columns:
+            for name in self.names:
+                found[name].append(site_gradient(products[name], self.model.adapter_sites[name]))
+        return logits, {name: torch.stack(parts) for name, parts in found.items()}
+
+    def _check(self, tape: LinearTape) -> None:
         for name in self.names:
             if name not in tape.products:
                 raise ValueError(
                     f"The site {name!r} is not a stack of weights of linear maps, which Laplace's curvature needs. Leave it "
                     "out with sites=, and it stays at the estimate."
                 )
-        return self.names
 
     def rows_at_once(self, batch: Mapping[str, Tensor]) -> int:
-        """Rows of a batch whose output gradients, and Jacobian of one site, fit the memory set aside for them."""
-        tokens = batch["input_ids"].shape[1]
+        """Rows of a batch whose Jacobians fit the memory set aside for them."""
         classes = self.model.classes or batch["option_mask"].shape[1]
-        sites = [self.model.adapter_sites[name] for name in self.names]
-        width = sum(len(site.modules) * tokens * site.shape[-2] if site.modules else site.shape[-2] for site in sites)
-        width = max(width, *(site.numel for site in sites))
-        return max(1, GRADIENT_ELEMENTS // (classes * width))
+        weights = sum(self.model.adapter_sites[name].numel for name in self.names)
+        return max(1, JACOBIAN_ELEMENTS // (classes * weights))
 
 
-def _product(rows: Tensor, gradients: Tensor, mask: Tensor) -> Product:
-    if rows.shape[1] == 1:
-        # a head sees one position a row
-        return Product(rows, gradients, rows.shape[0])
-    return Product(rows * mask[..., None], gradients, int(mask.sum()))
+def _masked(inputs: list[Tensor], mask: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Inputs with zeros at padding; one tensor that went into several maps stays one."""
+    made: dict[int, Tensor] = {}
+    for rows in inputs:
+        if id(rows) not in made:
+            made[id(rows)] = (rows * mask[..., None] if rows.shape[1] > 1 else rows).to(dtype)
+    return [made[id(rows)] for rows in inputs]
 
 
 def split_batch(batch: Mapping[str, Tensor], rows: int) -> list[dict[str, Tensor]]:

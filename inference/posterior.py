@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from pyrolora.guides.base import Guide
 from pyrolora.inference.linearised import Linearised, normal_sites
-from pyrolora.inference.links import LINKS, softmax_draws
+from pyrolora.inference.links import LINKS, SHIFT_INVARIANT, softmax_draws
 from pyrolora.inference.predictive import Batch, Predictive, gather_rows
 from pyrolora.models.naming import nearest
 from pyrolora.models.program import BayesianModel
@@ -128,12 +128,12 @@ class Posterior:
             return lambda batch: self.model.logits(batch, mean).softmax(-1)
         if kind in LINKS:
             linearised, link = Linearised(self.model, self.guide), LINKS[kind]
-            return lambda batch: link(*linearised(batch))[None]
+            return lambda batch: link(*linearised(batch, contrasts=link in SHIFT_INVARIANT))[None]
         if kind == "linearised":
             linearised = Linearised(self.model, self.guide)
             # one set of quasi-random points for all rows, as one set of weight draws would be
             seed = int(torch.randint(2**31, (), generator=generator))
-            return lambda batch: softmax_draws(*linearised(batch), torch.Generator().manual_seed(seed))
+            return lambda batch: softmax_draws(*linearised(batch, contrasts=True), torch.Generator().manual_seed(seed))
         sampled = self.sample(draws, generator=generator)
 
         def predict_batch(batch: Batch) -> Tensor:

@@ -207,7 +207,10 @@ class Laplace:
             validation.batches(self.batch_size), total=total, desc="validation", disable=not progress, leave=False
         ):
             mean, covariances = linearised_logits(
-                gradients, batch, lambda products: logit_covariance(structures, products, precisions, factors)
+                gradients,
+                batch,
+                lambda jacobians: logit_covariance(structures, jacobians, precisions, factors),
+                contrasts=True,
             )
             labels = batch["labels"].to(mean.device)
             for index in range(len(factors)):

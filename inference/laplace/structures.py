@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pyrolora.inference.logit_gradients import Product, site_jacobian
+from pyrolora.guides.kronecker import rotate
+from pyrolora.inference.logit_gradients import Product, site_gradient
 from pyrolora.models.sites import Site
 
 
@@ -38,6 +39,45 @@ class Block:
         return (rows_first * variance) @ rows_first.mT
 
 
+class SecondMoments:
+    """``sum_nt a a'`` of the activations of one batch, formed once for maps that read the same ones."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Sum over rows and tokens, ``(in, in)`` from ``(rows, tokens, in)``."""
+        if id(inputs) not in self._known:
+            rows = inputs.flatten(0, 1)
+            self._known[id(inputs)] = inputs, rows.mT @ rows
+        return self._known[id(inputs)][1]
+
+
+class Eigenbases:
+    """Leading eigenpairs of stacks of matrices, found once for sites whose sums are the same."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Tensor, int, tuple[Tensor, Tensor]]] = []
+
+    def __call__(self, stack: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
+        """The ``rank`` largest eigenvalues, in ascending order, and their eigenvectors; all of them for None.
+
+        Shape:
+            ``(entries, rank)`` and ``(entries, side, rank)`` from ``(entries, side, side)``
+        """
+        kept = stack.shape[-1] if rank is None else min(rank, stack.shape[-1])
+        for other, size, pairs in self._known:
+            if size == kept and other.shape == stack.shape and torch.equal(other, stack):
+                return pairs
+        values, vectors = stack.new_empty(*stack.shape[:-1])[:, -kept:], torch.empty_like(stack)[..., -kept:]
+        # entry by entry, so that no second stack is held in float64
+        for entry, matrix in enumerate(stack):
+            own, basis = torch.linalg.eigh(matrix.double())
+            values[entry], vectors[entry] = own[-kept:].clamp_min(0), basis[:, -kept:]
+        self._known.append((stack, kept, (values, vectors)))
+        return values, vectors
+
+
 class Structure(ABC):
     """Curvature of one site, summed over the data, and what is read off it.
 
@@ -54,14 +94,17 @@ class Structure(ABC):
 
     @abstractmethod
     def add(self, products: list[Product]) -> None:
-        """Add a batch: one product for each entry of the site's stack, with `hessian_root` columns."""
+        """Add one `hessian_root` column of a batch: a product for each entry of the site's stack."""
+
+    def add_inputs(self, products: list[Product], second_moments: "SecondMoments") -> None:  # noqa: B027 - most need none
+        """Add what does not depend on the column, once a batch."""
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
         """The sums, by name; `add` changes them in place."""
 
     @abstractmethod
-    def decompose(self) -> None:
+    def decompose(self, eigenbases: Eigenbases) -> None:
         """Find eigenvalues and eigenvectors of the finished sums."""
 
     @abstractmethod
@@ -95,13 +138,13 @@ class Diagonal(Structure):
         """See `Structure.add`."""
         entries = self.total if self.site.modules else self.total[None]
         for entry, product in zip(entries, products, strict=True):
-            entry += product.weights().square().sum((0, 1))
+            entry += product.weights().square().sum(0)
 
     def state(self) -> dict[str, Tensor]:
         """See `Structure.state`."""
         return {"total": self.total}
 
-    def decompose(self) -> None:
+    def decompose(self, eigenbases: Eigenbases) -> None:
         """Nothing to do: the diagonal is its own eigenbasis."""
 
     def eigenvalues(self) -> Tensor:
@@ -128,17 +171,17 @@ class Dense(Structure):
 
     def add(self, products: list[Product]) -> None:
         """See `Structure.add`."""
-        flat = site_jacobian(products, self.site).flatten(2).flatten(0, 1)
+        flat = site_gradient(products, self.site).flatten(1)
         self.total += flat.mT @ flat
 
     def state(self) -> dict[str, Tensor]:
         """See `Structure.state`."""
         return {"total": self.total}
 
-    def decompose(self) -> None:
+    def decompose(self, eigenbases: Eigenbases) -> None:
         """See `Structure.decompose`."""
-        values, vectors = torch.linalg.eigh(self.total.double())
-        self.values, self.basis = values.clamp_min(0).to(self.dtype), vectors.to(self.dtype)
+        values, basis = eigenbases(self.total[None], None)
+        self.values, self.basis = values[0], basis[0]
 
     def eigenvalues(self) -> Tensor:
         """See `Structure.eigenvalues`."""
@@ -178,27 +221,25 @@ class Kronecker(Structure):
 
     def add(self, products: list[Product]) -> None:
         """See `Structure.add`."""
-        for entry, product in enumerate(products):
-            rows = product.inputs.flatten(0, 1)
-            gradients = product.gradients.flatten(0, 2)
-            self.inputs[entry] += rows.mT @ rows
-            self.outputs[entry] += gradients.mT @ gradients
+        for total, product in zip(self.outputs, products, strict=True):
+            gradients = product.gradients.flatten(0, 1)
+            total.addmm_(gradients.mT, gradients)
+
+    def add_inputs(self, products: list[Product], second_moments: SecondMoments) -> None:
+        """See `Structure.add_inputs`."""
+        for total, product in zip(self.inputs, products, strict=True):
+            total += second_moments(product.inputs)
         self.tokens += products[0].tokens
 
     def state(self) -> dict[str, Tensor]:
         """See `Structure.state`."""
         return {"inputs": self.inputs, "outputs": self.outputs, "tokens": self.tokens}
 
-    def decompose(self) -> None:
+    def decompose(self, eigenbases: Eigenbases) -> None:
         """See `Structure.decompose`."""
-        self.in_values, self.in_basis = self._leading(self.inputs / self.tokens.to(self.dtype))
-        self.out_values, self.out_basis = self._leading(self.outputs)
-
-    def _leading(self, factors: Tensor) -> tuple[Tensor, Tensor]:
-        values, vectors = torch.linalg.eigh(factors.double())
-        kept = factors.shape[-1] if self.rank is None else min(self.rank, factors.shape[-1])
-        values, vectors = values[:, -kept:], vectors[..., -kept:]
-        return values.clamp_min(0).to(self.dtype), vectors.to(self.dtype)
+        in_totals, self.in_basis = eigenbases(self.inputs, self.rank)
+        self.in_values = in_totals / self.tokens.to(in_totals)
+        self.out_values, self.out_basis = eigenbases(self.outputs, self.rank)
 
     @property
     def truncated(self) -> bool:
@@ -218,11 +259,11 @@ class Kronecker(Structure):
     def blocks(self, jacobian: Tensor, precision: Tensor) -> Iterator[Block]:
         """See `Structure.blocks`."""
         pairs = self.products_of_eigenvalues()
-        stacked = jacobian if self.site.modules else jacobian[:, :, None]
         if self.truncated:
             whole = jacobian.flatten(2)
             yield Block(whole, whole.new_zeros(()), precision.expand(self.site.shape).flatten())
-        rotated = self.out_basis.mT @ stacked @ self.in_basis
+        stacked = jacobian if self.site.modules else jacobian[:, :, None]
+        rotated = rotate(stacked, self.out_basis, self.in_basis)
         yield Block(
             rotated.flatten(2), pairs.flatten(), precision.expand(pairs.shape).flatten(), replaces_prior=self.truncated
         )
@@ -234,7 +275,7 @@ class Kronecker(Structure):
 
 def logit_covariance(
     structures: Mapping[str, Structure],
-    products: Mapping[str, list[Product]],
+    jacobians: Mapping[str, Tensor],
     precisions: Mapping[str, Tensor],
     factors: tuple[float, ...] = (1.0,),
 ) -> Tensor:
@@ -242,16 +283,16 @@ def logit_covariance(
 
     Args:
         structures: site name -> decomposed curvature.
-        products: site name -> products with `each_logit` columns.
+        jacobians: site name -> gradients of functions of the logits, ``(columns, rows, *site.shape)``.
         precisions: site name -> prior precision.
         factors: factors on all prior precisions.
 
     Shape:
-        ``(rows, factors, classes, classes)``
+        ``(rows, factors, columns, columns)``
     """
     total: Tensor | None = None
     for name, structure in structures.items():
-        for block in structure.blocks(site_jacobian(products[name], structure.site), precisions[name]):
+        for block in structure.blocks(jacobians[name], precisions[name]):
             part = torch.stack([block.covariance(factor) for factor in factors], dim=1)
             total = part if total is None else total + part
     if total is None:

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyrolora.inference.laplace.structures import Dense, Diagonal, Kronecker, Structure
-from pyrolora.inference.logit_gradients import LogitGradients, hessian_root, split_batch
+from pyrolora.inference.laplace.structures import Dense, Diagonal, Eigenbases, Kronecker, SecondMoments, Structure
+from pyrolora.inference.logit_gradients import LogitGradients, hessian_root
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import EncodedSplit
 from pyrolora.models.trunk import TrunkCache
@@ -79,15 +79,19 @@ def sum_curvature(
         for index, batch in enumerate(data.batches(batch_size)):
             if index < done:
                 continue
-            for part in split_batch(trunks.attach(batch), gradients.rows_at_once(batch)):
-                _, products = gradients.products(part, hessian_root)
+            second_moments = SecondMoments()
+            _, columns = gradients.columns(trunks.attach(batch), hessian_root)
+            for column, products in enumerate(columns):
                 for name, structure in structures.items():
+                    if column == 0:
+                        structure.add_inputs(products[name], second_moments)
                     structure.add(products[name])
             bar.update()
             if folder is not None and (index + 1) % CHECKPOINT_EVERY == 0:
                 _write(folder, structures, identity, index + 1)
+    eigenbases = Eigenbases()
     for structure in structures.values():
-        structure.decompose()
+        structure.decompose(eigenbases)
     if folder is not None:
         (folder / FILE).unlink(missing_ok=True)
 

@@ -106,11 +106,19 @@ class LinearTape:
     the output times the input, so nothing of the weights' own size is ever kept for an example.
 
     Attributes:
-        products: site name -> entry of the stack -> (input, output), ``(rows, tokens, in)`` and ``(rows, tokens, out)``.
+        products: site name -> entry of the stack -> (input, output), ``(rows, tokens, in)`` and ``(rows, tokens, out)``;
+            the input in the type in which it came, and one tensor where several maps read the same activations.
     """
 
     def __init__(self) -> None:
         self.products: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
+        self._inputs: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def record(self, rows: Tensor, output: Tensor, site: str, entry: int) -> None:
+        """Keep one product."""
+        # the key stays valid because the tensor itself is kept beside what is handed out
+        _, kept = self._inputs.setdefault(id(rows), (rows, rows.detach()))
+        self.products.setdefault(site, {})[entry] = (kept, output)
 
     def __enter__(self) -> "LinearTape":
         """Record until the block ends."""
@@ -129,7 +137,7 @@ def site_linear(rows: Tensor, weight: Tensor, site: str, entry: int = 0) -> Tens
     """`grouped_linear` with the weights of one entry of a site, seen by a `LinearTape` if one records.
 
     Args:
-        rows: activations.
+        rows: activations, cast to the type of the weights.
         weight: the entry's weights under the draw.
         site: name of the site.
         entry: position in the site's stack.
@@ -137,10 +145,10 @@ def site_linear(rows: Tensor, weight: Tensor, site: str, entry: int = 0) -> Tens
     Shape:
         see `grouped_linear`
     """
-    output = grouped_linear(rows, weight)
+    output = grouped_linear(rows.to(weight.dtype), weight)
     tape = _TAPE.get()
     if tape is not None:
-        tape.products.setdefault(site, {})[entry] = (rows.detach(), output)
+        tape.record(rows, output, site, entry)
     return output
 
 

@@ -118,6 +118,6 @@ class _LowRankDelta:
     entry: int
 
     def __call__(self, rows: Tensor) -> Tensor:
-        narrow = site_linear(rows.to(self.down.dtype), self.down, self.down_site, self.entry)
+        narrow = site_linear(rows, self.down, self.down_site, self.entry)
         # between the factors there are only `rank` activations a token to scale
         return site_linear(narrow * self.scale, self.up, self.up_site, self.entry).to(rows.dtype)

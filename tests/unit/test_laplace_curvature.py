@@ -7,7 +7,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from pyrolora.inference.laplace import summation
 from pyrolora.inference.laplace.structures import Kronecker
 from pyrolora.inference.laplace.summation import FILE, new_structures, sum_curvature
-from pyrolora.inference.logit_gradients import LogitGradients, each_logit, hessian_root, site_jacobian
+from pyrolora.inference.logit_gradients import LogitGradients, each_logit, hessian_root
 from pyrolora.models.adapters import LastLayer, LoRA
 from pyrolora.models.tasks import Example, OptionScoring, Split, Task
 
@@ -64,10 +64,7 @@ def explicit_gauss_newton(model, batch, estimate, name):
 
 
 def jacobian(gradients, batch):
-    logits, products = gradients.products(batch, each_logit)
-    return logits, {
-        name: site_jacobian(entries, gradients.model.adapter_sites[name]) for name, entries in products.items()
-    }
+    return gradients.jacobians(batch, each_logit)
 
 
 def curvature(model, estimate, names, structure, data=None, batch_size=5, rank=2, checkpoint=None):
@@ -123,6 +120,16 @@ def test_full_curvature_is_the_explicit_sum(model, name):
     assert relative(found, wanted) < 1e-8
 
 
+def test_hessian_root_is_a_root_with_one_column_less_than_classes():
+    logits = torch.randn(6, 4, dtype=torch.float64) * torch.tensor([0.1, 1, 3, 30, 100, 1]).double()[:, None]
+    logits[5, 2:] = -torch.inf
+    root = hessian_root(logits)
+    assert root.shape == (3, 6, 4)
+    probs = logits.softmax(-1)
+    wanted = torch.diag_embed(probs) - probs[:, :, None] * probs[:, None]
+    torch.testing.assert_close(torch.einsum("kri,krj->rij", root, root), wanted, rtol=0, atol=1e-14)
+
+
 @pytest.mark.parametrize("name", ["head.weight", "v_proj.lora_A", "v_proj.lora_B"])
 def test_kronecker_factors_are_sums_over_examples_tokens_and_columns(model, name):
     """Row by row without padding, token by token, column by column; 5 rows at once pad."""
@@ -133,13 +140,14 @@ def test_kronecker_factors_are_sums_over_examples_tokens_and_columns(model, name
     data = model.encode(model.task.train)
     for row in range(len(data)):
         one = data.batch([row])
-        _, products = LogitGradients(model, estimate, (name,)).products(one, hessian_root)
-        tokens += products[name][0].inputs.shape[1]
-        for entry, product in enumerate(products[name]):
-            for token in range(product.inputs.shape[1]):
-                inputs[entry] += product.inputs[0, token].outer(product.inputs[0, token])
-                for column in product.gradients[:, 0, token]:
-                    outputs[entry] += column.outer(column)
+        _, columns = LogitGradients(model, estimate, (name,)).columns(one, hessian_root)
+        for column, products in enumerate(columns):
+            for entry, product in enumerate(products[name]):
+                for activation, gradient in zip(product.inputs[0], product.gradients[0], strict=True):
+                    outputs[entry] += gradient.outer(gradient)
+                    if column == 0:
+                        inputs[entry] += activation.outer(activation)
+                        tokens += entry == 0
     found = curvature(model, estimate, (name,), "kron")[name]
     assert relative(found.inputs, inputs) < 1e-10
     assert relative(found.outputs, outputs) < 1e-10
@@ -190,20 +198,20 @@ class TestResuming:
     @pytest.fixture
     def interrupted(self, model, tmp_path, monkeypatch):
         monkeypatch.setattr(summation, "CHECKPOINT_EVERY", 2)
-        real, calls = LogitGradients.products, []
+        real, calls = LogitGradients.columns, []
 
-        def products(self, batch, cotangents):
+        def columns(self, batch, cotangents):
             calls.append(len(batch["labels"]))
             if len(calls) == 4:
                 raise KeyboardInterrupt
             return real(self, batch, cotangents)
 
-        monkeypatch.setattr(LogitGradients, "products", products)
+        monkeypatch.setattr(LogitGradients, "columns", columns)
         with pytest.raises(KeyboardInterrupt):
             curvature(model, somewhere(model), tuple(model.sites), "kron", batch_size=2, checkpoint=tmp_path)
         assert (tmp_path / FILE).is_file()
         calls.clear()
-        monkeypatch.setattr(LogitGradients, "products", lambda *args: (calls.append(1), real(*args))[1])
+        monkeypatch.setattr(LogitGradients, "columns", lambda *args: (calls.append(1), real(*args))[1])
         return calls
 
     def test_a_resumed_sum_is_the_sum(self, model, tmp_path, interrupted):
@@ -265,7 +273,7 @@ def test_the_backbone_and_the_estimate_are_left_alone(model):
     before = {name: value.clone() for name, value in model.backbone.network.state_dict().items()}
     gradients = LogitGradients(model, estimate, tuple(estimate))
     with torch.no_grad():  # predictions run without gradients, and the Jacobian must turn them on for itself
-        gradients.products(whole_batch(model), each_logit)
+        gradients.jacobians(whole_batch(model), each_logit)
         curvature(model, estimate, tuple(estimate), "diag")
     assert all(parameter.grad is None for parameter in model.backbone.network.parameters())
     assert not any(parameter.requires_grad for parameter in model.backbone.network.parameters())

@@ -14,8 +14,8 @@ from pyrolora.inference.laplace.precision import LOG_PRECISION_BOUNDS, declared_
 from pyrolora.inference.laplace.structures import logit_covariance
 from pyrolora.inference.laplace.summation import new_structures, sum_curvature
 from pyrolora.inference.linearised import Linearised
-from pyrolora.inference.links import LOGIT_DRAWS
-from pyrolora.inference.logit_gradients import LogitGradients, each_logit, site_jacobian
+from pyrolora.inference.links import LOGIT_DRAWS, mean_field_softmax
+from pyrolora.inference.logit_gradients import LogitGradients, each_logit
 from pyrolora.inference.map import MAP
 from pyrolora.inference.posterior import Posterior
 from pyrolora.models.adapters import LastLayer, LoRA
@@ -136,18 +136,33 @@ def test_logit_covariance_is_j_sigma_j(model, structure):
     posterior = fitted(model, estimate, structure=structure, rank=3)
     structures = sums(model, estimate.mean(), names, structure)
     batch = model.encode(model.task.test).batch(list(range(5)))
-    _, products = LogitGradients(model, estimate.mean(), names).products(batch, each_logit)
+    _, jacobians = LogitGradients(model, estimate.mean(), names).jacobians(batch, each_logit)
     wanted = torch.zeros(2, 5, 3, 3, dtype=torch.float64)
     for name in names:
-        flat = site_jacobian(products[name], model.sites[name]).flatten(2)
+        flat = jacobians[name].flatten(2)
         for index, factor in enumerate((1.0, 3.0)):
             covariance = dense_covariance(structures[name], 4.0 * factor)
             wanted[index] += torch.einsum("cri,ij,drj->rcd", flat, covariance, flat)
     _, found = Linearised(model, posterior.guide)(batch)
     torch.testing.assert_close(found, wanted[0], rtol=1e-8, atol=1e-12)
     precisions = {name: prior.precision for name, prior in declared_prior(model, names).items()}
-    both = logit_covariance(structures, products, precisions, (1.0, 3.0))
+    both = logit_covariance(structures, jacobians, precisions, (1.0, 3.0))
     torch.testing.assert_close(both.transpose(0, 1), wanted, rtol=1e-8, atol=1e-12)
+
+
+def test_contrasts_are_the_differences_to_the_first_logit(model):
+    posterior = fitted(model, structure="kron")
+    batch = model.encode(model.task.test).batch(list(range(5)))
+    mean, covariance = Linearised(model, posterior.guide)(batch)
+    same, found = Linearised(model, posterior.guide)(batch, contrasts=True)
+    to_first = torch.eye(3, dtype=torch.float64) - torch.tensor([[1.0, 0, 0]] * 3, dtype=torch.float64)
+    torch.testing.assert_close(same, mean, rtol=0, atol=1e-12)
+    # Llama normalises in float32 even here, so gradients are linear to 1e-7 only
+    torch.testing.assert_close(
+        found, to_first @ covariance @ to_first.mT, rtol=1e-6, atol=1e-6 * float(covariance.max())
+    )
+    closed = posterior.predict(batch, kind="linearised_mf1").mean_probs
+    torch.testing.assert_close(closed.double(), mean_field_softmax(mean, covariance), rtol=0, atol=1e-6)
 
 
 def test_a_prior_scale_for_each_layer_is_used(three_topics_model):
