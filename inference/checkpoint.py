@@ -32,6 +32,7 @@ def write(run: "TrainingRun", folder: str | Path) -> None:
     for index, parameter in enumerate(run.parameters):
         for key, value in run.optimiser.state.get(parameter, {}).items():
             tensors[f"optimiser.{index}.{key}"] = value
+    tensors.update({f"average.{index}": value for index, value in enumerate(run.averages)})
     tensors.update({f"prior.{name}": scale for name, scale in run.model.prior.scales.items()})
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     about = {
@@ -80,6 +81,8 @@ def restore(run: "TrainingRun", folder: str | Path) -> None:
             run.optimiser.state[parameter] = {
                 key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
             }
+        if (average := tensors.get(f"average.{index}")) is not None:
+            run.averages.append(average.to(parameter.device))
     for name, scale in run.model.prior.scales.items():
         scale.copy_(tensors[f"prior.{name}"].to(scale))
     run.step = about["step"]

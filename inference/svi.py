@@ -42,6 +42,7 @@ class SVI:
         noise: ``"example"`` draws independently for every example, ``"weight"`` once for the batch.
         warmup: fraction of the steps over which the rates rise linearly; they fall linearly to zero after it.
         max_grad_norm: gradients are clipped to this norm; None for no clipping.
+        average: fraction of the last steps whose parameters are averaged into the result; 0 takes the last ones.
         seed: seeds the start, the order of the data and all draws.
         checkpoint: folder to keep the state in, or None.
         checkpoint_every: steps between two checkpoints.
@@ -61,6 +62,7 @@ class SVI:
     noise: str = field(default="example", metadata={"help": "'example' or 'weight'"})
     warmup: float = field(default=0.06, metadata={"help": "fraction of the steps with rising rates"})
     max_grad_norm: float | None = field(default=None, metadata={"help": "clip gradients to this norm"})
+    average: float = field(default=0.0, metadata={"help": "fraction of the last steps that are averaged"})
     seed: int = field(default=0, metadata={"help": "seed of start, data order and draws"})
     checkpoint: str | Path | None = field(default=None, metadata={"help": "folder of the training state"})
     checkpoint_every: int = field(default=50, metadata={"help": "steps between checkpoints"})
@@ -86,6 +88,10 @@ class SVI:
             )
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is a fraction of the steps in [0, 1); got {self.warmup}. Try 0.06.")
+        if not 0 <= self.average < 1:
+            raise ValueError(
+                f"average is a fraction of the steps in [0, 1); got {self.average}. Try 0.25, or 0 for none."
+            )
         if self.noise not in SCOPES:
             raise ValueError(
                 f"Unknown noise scope {self.noise!r}. Did you mean {nearest(self.noise, SCOPES)!r}? "

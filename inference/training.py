@@ -71,6 +71,9 @@ class TrainingRun:
         self.trunks = TrunkCache(model.backbone, model.first_block, len(self.data))
         self.step = 0
         self.history: History = []
+        self.averages: list[Tensor] = []
+        # an engine that sets learned prior scales by other means turns this off
+        self.learns_scales = True
         self.consistent = True
         if engine.checkpoint is not None and checkpoint.exists(engine.checkpoint):
             checkpoint.restore(self, engine.checkpoint)
@@ -166,15 +169,25 @@ class TrainingRun:
             nn.utils.clip_grads_with_norm_(self.parameters, engine.max_grad_norm, torch.tensor(norm))
         self.consistent = False
         self.optimiser.step()
-        if learned := self.model.prior.scales:
+        if self.learns_scales and (learned := self.model.prior.scales):
             self.model.prior.update_scales(self.guide.second_moments(learned), (self.step + 1) / engine.steps)
         self.step += 1
+        self._average()
         nll = self.elbo.terms["label"]
         kl = sum(value for name, value in self.elbo.terms.items() if name != "label") / engine.kl_weight
         stats = StepStats(self.step, loss, nll, kl, norm)
         self.history.append(stats)
         self.consistent = True
         return stats
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Add the parameters to their running mean once the last part of the run has begun (Polyak and Juditsky, 1992)."""
+        seen = self.step - round((1 - self.engine.average) * self.engine.steps)
+        if seen == 1:
+            self.averages = [parameter.detach().clone() for parameter in self.parameters]
+        elif seen > 1:
+            torch._foreach_lerp_(self.averages, self.parameters, 1 / seen)
 
     def _rate_factor(self, step: int) -> float:
         """Linear rise over the warm-up, then linear fall that would reach zero after the last step."""
@@ -220,7 +233,13 @@ class TrainingRun:
             "steps_done": self.step,
             "history": [stats.to_dict() for stats in self.history],
         }
-        return Posterior(self.model, copy.deepcopy(self.guide), record)
+        guide = copy.deepcopy(self.guide)
+        if self.averages:
+            averages = dict(zip(map(id, self.parameters), self.averages, strict=True))
+            with torch.no_grad():
+                for mine, copied in zip(self.guide.parameters(), guide.parameters(), strict=True):
+                    copied.copy_(averages[id(mine)])
+        return Posterior(self.model, guide, record)
 
 
 def _data_digest(data: EncodedSplit) -> str:

@@ -8,23 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyrolora.guides.full_covariance import MOST_WEIGHTS
 from pyrolora.inference.laplace.gaussian import normal_guide
 from pyrolora.inference.laplace.posterior import LaplacePosterior
 from pyrolora.inference.laplace.precision import (
     GROUPS,
-    LOG_PRECISION_BOUNDS,
     NormalPrior,
     declared_prior,
     evidence_precision,
     log_evidence,
 )
-from pyrolora.inference.laplace.structures import Structure, logit_covariance
+from pyrolora.inference.laplace.structures import Structure
 from pyrolora.inference.laplace.summation import flat_eigenvalues, new_structures, sum_curvature
-from pyrolora.inference.linearised import linearised_logits
-from pyrolora.inference.links import softmax_draws
+from pyrolora.inference.laplace.validation import best_factor
 from pyrolora.inference.logit_gradients import LogitGradients
 from pyrolora.inference.map import MAP
 from pyrolora.inference.posterior import Posterior
@@ -36,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 STRUCTURES = ("diag", "kron", "kron_lowrank", "full", "last_layer")
 PRECISIONS = ("declared", "evidence", "validation")
-# candidates of a validation search, evenly spaced in the logarithm of the precision
-CANDIDATES = 19
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,8 @@ class Laplace:
     The product B A of a LoRA does not change when A is multiplied and B divided by one matrix. A zero-mean isotropic prior
     breaks that tie except for rotations, so some directions of the posterior are set by the prior alone.
 
-    Source: MacKay 1992; Daxberger et al., "Laplace Redux", 2021; Yang et al., "Bayesian Low-Rank Adaptation for Large
+    Source: MacKay 1992; Immer et al., "Scalable Marginal Likelihood Estimation for Model Selection in Deep Learning", 2021
+    (``online``); Daxberger et al., "Laplace Redux", 2021; Yang et al., "Bayesian Low-Rank Adaptation for Large
     Language Models", 2024.
 
     Args:
@@ -71,6 +67,8 @@ class Laplace:
         sites: glob pattern of the sites that become Normal; the rest stay at the estimate. Layers are told apart by
             several LoRAs with names, as in ``sites="top.*"``.
         estimate: settings of the MAP fit, if none is passed to `fit`.
+        online: times that the MAP fit stops, evenly spaced, to move learned prior scales to those of the highest evidence at
+            the present estimate; needs ``learned`` priors. With ``precision="declared"`` the scales reached last are used.
         batch_size: examples at once while curvature is summed.
         checkpoint: folder to keep unfinished sums in, or None.
 
@@ -85,6 +83,7 @@ class Laplace:
     temperature: float = field(default=1.0, metadata={"help": "multiplies the posterior covariance"})
     sites: str | None = field(default=None, metadata={"help": "glob pattern of the sites; None for all it applies to"})
     estimate: MAP = field(default_factory=MAP, metadata={"help": "settings of the MAP fit"})
+    online: int = field(default=0, metadata={"help": "evidence updates of learned prior scales during the MAP fit"})
     batch_size: int = field(default=16, metadata={"help": "examples at once"})
     checkpoint: str | Path | None = field(default=None, metadata={"help": "folder of unfinished sums"})
 
@@ -98,6 +97,8 @@ class Laplace:
                 )
         if self.rank < 1 or self.batch_size < 1:
             raise ValueError(f"rank and batch_size must be at least 1; got {self.rank} and {self.batch_size}.")
+        if self.online < 0:
+            raise ValueError(f"online must not be negative; got {self.online}. 3 is a usual number, 0 is none.")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive; got {self.temperature}. 1 is Laplace's own covariance.")
 
@@ -132,25 +133,37 @@ class Laplace:
                 "precision='validation' needs data to choose on: pass validation=task.validation to fit, or use "
                 "precision='evidence'."
             )
+        if self.online and (fixed := [name for name in names if name not in model.prior.scales]):
+            raise ValueError(
+                f"online={self.online} moves learned prior scales, and that of {fixed[0]!r} is fixed. Declare "
+                "learned(0.1) there, or use precision='evidence', which leaves the estimate as it is."
+            )
+        if self.online and estimate is not None:
+            raise ValueError("online acts during the MAP fit, and an estimate was passed. Pass none, or set online=0.")
         structures = new_structures(model, self._checked(model, names), self.structure, self.rank)
         _check_priors(structures, priors, self.structure)
         encoded = model.encode(data)
         encoded.require_trainable()
         if estimate is None:
-            estimate = self.estimate.fit(model, encoded, progress=progress, generator=generator)
+            estimate = self._estimate(model, encoded, names, progress, generator)
             # a learned scale has moved during the fit
             priors = declared_prior(model, names)
         mean = estimate.mean()
         _check_estimate(model, mean)
-        gradients = LogitGradients(model, mean, names)
-        sum_curvature(
-            gradients, structures, encoded, batch_size=self.batch_size, checkpoint=self.checkpoint, progress=progress
-        )
+        gradients = self._sum(model, mean, structures, encoded, self.checkpoint, progress)
         eigenvalues = flat_eigenvalues(structures)
         if self.precision == "evidence":
             priors = evidence_precision(mean, priors, eigenvalues, self.group)
         elif self.precision == "validation" and validation is not None:
-            factor = self._best_factor(structures, priors, gradients, model.encode(validation), progress)
+            factor = best_factor(
+                structures,
+                priors,
+                gradients,
+                model.encode(validation),
+                temperature=self.temperature,
+                batch_size=self.batch_size,
+                progress=progress,
+            )
             priors = {name: NormalPrior(prior.mean, prior.precision * factor) for name, prior in priors.items()}
         log_likelihood = float(estimate.predict(encoded, kind="mean").log_likelihood.double().sum())
         record = {
@@ -164,6 +177,42 @@ class Laplace:
         }
         guide = normal_guide(model, mean, structures, priors, self.temperature)
         return LaplacePosterior(model, guide, record)
+
+    def _sum(
+        self,
+        model: BayesianModel,
+        mean: Mapping[str, Tensor],
+        structures: Mapping[str, Structure],
+        data: EncodedSplit,
+        checkpoint: str | Path | None,
+        progress: bool,
+    ) -> LogitGradients:
+        gradients = LogitGradients(model, mean, tuple(structures))
+        sum_curvature(gradients, structures, data, batch_size=self.batch_size, checkpoint=checkpoint, progress=progress)
+        return gradients
+
+    def _estimate(
+        self,
+        model: BayesianModel,
+        data: EncodedSplit,
+        names: tuple[str, ...],
+        progress: bool,
+        generator: torch.Generator | None,
+    ) -> Posterior:
+        run = self.estimate.iterate(model, data, generator=generator)
+        run.learns_scales = self.online == 0
+        stops = {round(run.engine.steps * (i + 1) / (self.online + 1)) for i in range(self.online)}
+        for stats in run.steps(progress=progress):
+            if stats.step not in stops:
+                continue
+            mean = {name: value.detach() for name, value in run.guide.mean().items()}
+            structures = new_structures(model, names, self.structure, self.rank)
+            self._sum(model, mean, structures, data, None, progress)
+            best = evidence_precision(mean, declared_prior(model, names), flat_eigenvalues(structures))
+            scales = {name: float(prior.precision.rsqrt()) for name, prior in best.items()}
+            model.prior.set_scales(scales)
+            logger.info("Prior scales by the evidence after step %d: %s", stats.step, scales)
+        return run.posterior()
 
     def _names(self, model: BayesianModel) -> tuple[str, ...]:
         pattern = self.sites or ("head.weight" if self.structure == "last_layer" else "*")
@@ -189,41 +238,6 @@ class Laplace:
                     f"{weights:,}. Use structure='kron' or 'diag' there."
                 )
         return names
-
-    def _best_factor(
-        self,
-        structures: Mapping[str, Structure],
-        priors: Mapping[str, NormalPrior],
-        gradients: LogitGradients,
-        validation: EncodedSplit,
-        progress: bool,
-    ) -> float:
-        """Factor on the prior precision with the lowest validation NLL; one set of gradients serves every candidate."""
-        factors = tuple(torch.linspace(*LOG_PRECISION_BOUNDS, CANDIDATES).exp().tolist())
-        precisions = {name: prior.precision for name, prior in priors.items()}
-        totals = torch.zeros(len(factors), dtype=torch.float64)
-        total = validation.steps_per_epoch(self.batch_size)
-        for batch in tqdm(
-            validation.batches(self.batch_size), total=total, desc="validation", disable=not progress, leave=False
-        ):
-            mean, covariances = linearised_logits(
-                gradients,
-                batch,
-                lambda jacobians: logit_covariance(structures, jacobians, precisions, factors),
-                contrasts=True,
-            )
-            labels = batch["labels"].to(mean.device)
-            for index in range(len(factors)):
-                covariance = self.temperature * covariances[:, index]
-                probs = softmax_draws(mean, covariance, torch.Generator().manual_seed(0)).mean(0)
-                totals[index] -= float(probs.gather(-1, labels[:, None]).clamp_min(1e-30).log().sum())
-        best = int(totals.argmin())
-        if best in (0, len(factors) - 1):
-            logger.warning(
-                "The best factor on the prior precision, %.3g, lies at the edge of the search; the validation data "
-                "want a posterior that is %s than any tried.", factors[best], "wider" if best == 0 else "narrower"
-            )  # fmt: skip
-        return factors[best]
 
     def to_dict(self) -> dict[str, Any]:
         """Settings, ready for JSON."""

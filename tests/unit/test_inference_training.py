@@ -210,3 +210,24 @@ class TestRefusals:
         model = three_topics_model(adapter=[LoRA(rank=2), LastLayer()])
         with pytest.raises(ValueError, match=r"head\.weight"):
             SVI(guide={"*.lora_?": BLoB()}, steps=1).fit(model, model.task.train, progress=False)
+
+
+@pytest.mark.parametrize(("average", "count"), [(0.5, 3), (0.1, 1), (0.99, 6)])
+def test_the_last_iterates_are_averaged(three_topics_model, average, count):
+    engine = MAP(steps=STEPS, batch_size=5, average=average)
+    model = three_topics_model()
+    iterates, run = [], engine.iterate(model, model.task.train)
+    for _ in run:
+        iterates.append({name: value.clone() for name, value in run.guide.mean().items()})
+    found = run.posterior().mean()
+    for name, last in iterates[-1].items():
+        wanted = torch.stack([iterate[name] for iterate in iterates[-count:]]).mean(0)
+        torch.testing.assert_close(found[name], wanted, rtol=0, atol=1e-14)
+        assert count == 1 or not torch.equal(found[name], last)
+        assert torch.equal(run.guide.mean()[name], last), "the run itself goes on from the last iterate"
+
+
+@pytest.mark.parametrize("average", [-0.1, 1.0])
+def test_an_average_out_of_range_is_refused(average):
+    with pytest.raises(ValueError, match=r"average is a fraction of the steps in \[0, 1\)"):
+        MAP(average=average)

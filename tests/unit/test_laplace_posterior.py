@@ -10,16 +10,17 @@ from torch.distributions import MultivariateNormal
 from pyrolora.guides import BLoB, Point, build_guide
 from pyrolora.inference.laplace import Laplace, LaplacePosterior
 from pyrolora.inference.laplace import engine as laplace_engine
-from pyrolora.inference.laplace.precision import LOG_PRECISION_BOUNDS, declared_prior
+from pyrolora.inference.laplace import validation as laplace_validation
+from pyrolora.inference.laplace.precision import LOG_PRECISION_BOUNDS, declared_prior, evidence_precision
 from pyrolora.inference.laplace.structures import logit_covariance
-from pyrolora.inference.laplace.summation import new_structures, sum_curvature
+from pyrolora.inference.laplace.summation import flat_eigenvalues, new_structures, sum_curvature
 from pyrolora.inference.linearised import Linearised
 from pyrolora.inference.links import LOGIT_DRAWS, mean_field_softmax
 from pyrolora.inference.logit_gradients import LogitGradients, each_logit
 from pyrolora.inference.map import MAP
 from pyrolora.inference.posterior import Posterior
 from pyrolora.models.adapters import LastLayer, LoRA
-from pyrolora.models.priors import Flat
+from pyrolora.models.priors import Flat, learned
 
 LORA = LoRA(rank=2, alpha=4.0, layers=(1, 2))
 NORMAL = dist.Normal(0.0, 0.5)  # a precision of 4
@@ -250,7 +251,7 @@ def test_evidence_chooses_precisions_of_higher_evidence_site_by_site(model):
 
 def test_validation_takes_the_best_factor_of_the_grid(model, monkeypatch):
     # a coarse grid, so that brute force over whole fits is cheap
-    monkeypatch.setattr(laplace_engine, "CANDIDATES", 5)
+    monkeypatch.setattr(laplace_validation, "CANDIDATES", 5)
     scores = {}
     for factor in torch.linspace(*LOG_PRECISION_BOUNDS, 5).exp().tolist():
         model.prior.declared = dict.fromkeys(model.adapter_sites, dist.Normal(0.0, 0.5 / factor**0.5))
@@ -265,10 +266,57 @@ def test_validation_takes_the_best_factor_of_the_grid(model, monkeypatch):
 
 
 def test_a_best_factor_at_the_edge_is_reported(model, monkeypatch, caplog):
-    monkeypatch.setattr(laplace_engine, "CANDIDATES", 2)  # a grid of nothing but edges
+    monkeypatch.setattr(laplace_validation, "CANDIDATES", 2)  # a grid of nothing but edges
     with caplog.at_level(logging.WARNING):
         fitted(model, structure="diag", precision="validation")
     assert "lies at the edge of the search" in caplog.text
+
+
+class TestOnlineEvidence:
+    """MacKay's updates of learned prior scales while MAP is fitted."""
+
+    MAP = MAP(steps=9, batch_size=4, learning_rate=0.03)
+
+    def fit(self, three_topics_model, **settings):
+        model = three_topics_model(adapter=LORA, prior=learned(0.5))
+        posterior = Laplace(structure="kron", estimate=self.MAP, **settings).fit(
+            model, model.task.train, progress=False
+        )
+        return model, posterior
+
+    def test_each_stop_moves_the_scales_to_the_best_evidence_there(self, three_topics_model):
+        model = three_topics_model(adapter=LORA, prior=learned(0.5))
+        run = self.MAP.iterate(model, model.task.train)
+        run.learns_scales = False
+        for stats in run:
+            if stats.step in (3, 6):
+                structures = sums(model, run.guide.mean(), tuple(model.sites), "kron")
+                best = evidence_precision(
+                    run.guide.mean(), declared_prior(model, tuple(model.sites)), flat_eigenvalues(structures)
+                )
+                model.prior.set_scales({name: float(prior.precision.rsqrt()) for name, prior in best.items()})
+        wanted = run.posterior().mean()
+        model, found = self.fit(three_topics_model, online=2)
+        for name in wanted:
+            assert torch.equal(found.mean()[name], wanted[name])
+            scale = float(model.prior.scales[name])
+            assert scale != 0.5
+            assert found.record["prior_precision"][name] == pytest.approx(scale**-2, rel=1e-6)
+
+    def test_the_evidence_ends_higher_than_under_the_declared_scale(self, three_topics_model):
+        fixed = three_topics_model(adapter=LORA, prior=dist.Normal(0.0, 0.5))
+        plain = Laplace(structure="kron", estimate=self.MAP).fit(fixed, fixed.task.train, progress=False)
+        _, online = self.fit(three_topics_model, online=2)
+        assert online.record["log_evidence"] > plain.record["log_evidence"] + 1
+
+    def test_fixed_priors_and_given_estimates_are_refused(self, model, three_topics_model):
+        with pytest.raises(ValueError, match=r"that of 'q_proj.lora_A' is fixed. Declare learned"):
+            Laplace(online=1).fit(model, model.task.train)
+        free = three_topics_model(adapter=LORA, prior=learned(0.5))
+        with pytest.raises(ValueError, match="online acts during the MAP fit, and an estimate was passed"):
+            Laplace(online=1).fit(free, free.task.train, estimate=point_at(free))
+        with pytest.raises(ValueError, match="online must not be negative"):
+            Laplace(online=-1)
 
 
 class TestRefusals:
