@@ -11,13 +11,12 @@ from tqdm.auto import tqdm
 from pyrolora.guides.base import Guide
 from pyrolora.inference.linearised import Linearised, normal_sites
 from pyrolora.inference.links import LINKS, SHIFT_INVARIANT, softmax_draws
-from pyrolora.inference.predictive import Batch, Predictive, gather_rows
+from pyrolora.inference.noise import TOKEN_SCOPES
+from pyrolora.inference.predictive import ROWS_AT_ONCE, Batch, Predictive, gather_rows
+from pyrolora.inference.token_noise import TokenNoise, token_methods
 from pyrolora.models.naming import nearest
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import EncodedSplit, Split
-
-# rows times draws that go through the network at once
-ROWS_AT_ONCE = 256
 
 
 class Posterior:
@@ -42,8 +41,9 @@ class Posterior:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Kinds of prediction: ``"mc"``, ``"mean"``, and linearised ones where every random site is Normal."""
-        return ("mc", "mean", *(("linearised", *LINKS) if normal_sites(self.guide, self.model) else ()))
+        """Kinds of prediction: ``"mc"``, ``"mean"``; linearised and token noise where every random site allows them."""
+        linearised = ("linearised", *LINKS) if normal_sites(self.guide, self.model) else ()
+        return ("mc", "mean", *linearised, *token_methods(self.guide, self.model))
 
     @property
     def default_kind(self) -> str:
@@ -89,8 +89,9 @@ class Posterior:
             draws: number of weight draws; every row sees the same draws, so rows are jointly coherent.
             kind: ``"mc"``, weight draws through the network; ``"mean"``, the posterior mean; ``"linearised"``, quasi-random
                 draws of the logits of the network linearised at the mean (`LOGIT_DRAWS` of them whatever ``draws``);
-                ``"linearised_mf1"``, ``"linearised_probit"`` and ``"linearised_bridge"``, the same in closed form. The
-                default is the posterior's own.
+                ``"linearised_mf1"``, ``"linearised_probit"`` and ``"linearised_bridge"``, the same in closed form;
+                ``"token"`` and ``"flipout"``, noise for every token as released BLoB code has it, which is not the posterior
+                predictive. The default is the posterior's own.
             generator: seeds the draws.
             batch_size: rows at once, before draws are put on the batch axis.
             progress: show a bar.
@@ -134,6 +135,8 @@ class Posterior:
             # one set of quasi-random points for all rows, as one set of weight draws would be
             seed = int(torch.randint(2**31, (), generator=generator))
             return lambda batch: softmax_draws(*linearised(batch, contrasts=True), torch.Generator().manual_seed(seed))
+        if kind in TOKEN_SCOPES:
+            return TokenNoise(self.model, self.guide, kind, draws, generator)
         sampled = self.sample(draws, generator=generator)
 
         def predict_batch(batch: Batch) -> Tensor:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# rows times draws that go through the network at once
+ROWS_AT_ONCE = 256
+
 
 @dataclass(frozen=True)
 class Predictive:
