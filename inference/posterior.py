@@ -1,6 +1,6 @@
 """The posterior that every engine returns."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +9,23 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyrolora.guides.base import Guide
+from pyrolora.guides.samplers import require_sampler
 from pyrolora.inference.linearised import Linearised, normal_sites
 from pyrolora.inference.links import LINKS, SHIFT_INVARIANT, softmax_draws
 from pyrolora.inference.noise import TOKEN_SCOPES
-from pyrolora.inference.predictive import ROWS_AT_ONCE, Batch, Predictive, gather_rows
+from pyrolora.inference.predictive import (
+    DRAWS_A_ROUND,
+    ROWS_AT_ONCE,
+    Batch,
+    Predictive,
+    gather_rows,
+    monte_carlo_error,
+)
 from pyrolora.inference.token_noise import TokenNoise, token_methods
 from pyrolora.models.naming import nearest
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import EncodedSplit, Split
+from pyrolora.models.trunk import TrunkCache
 
 
 class Posterior:
@@ -55,13 +64,21 @@ class Posterior:
         """Whether all mass lies on one value, so that every draw is the same."""
         return not self.guide.parameters_by_role()["scale"]
 
-    def sample(self, draws: int, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Independent coherent draws of all sites; the same generator state gives the same draws.
+    def sample(
+        self, draws: int, *, generator: torch.Generator | None = None, sampler: str = "independent"
+    ) -> dict[str, Tensor]:
+        """Coherent draws of all sites; the same generator state gives the same draws.
+
+        Args:
+            draws: how many.
+            generator: seeds them.
+            sampler: ``"independent"``, ``"antithetic"`` (mirrored pairs) or ``"stratified"`` (a Latin hypercube), see
+                `pyrolora.guides.samplers.draws_of`.
 
         Shape:
             site name -> ``(draws, *site.shape)``
         """
-        return self.guide.sample(draws, generator)
+        return self.guide.sample(draws, generator, sampler)
 
     def log_prob(self, draw: Mapping[str, Tensor]) -> Tensor:
         """Log posterior density of draws in nats, ``(draws,)``; a site that is a point adds 0 there, else minus infinity."""
@@ -79,6 +96,8 @@ class Posterior:
         draws: int = 10,
         kind: str | None = None,
         generator: torch.Generator | None = None,
+        sampler: str = "independent",
+        tolerance: float | None = None,
         batch_size: int = 32,
         progress: bool = False,
     ) -> Predictive:
@@ -86,18 +105,23 @@ class Posterior:
 
         Args:
             data: a batch, or a split (length-bucketed internally).
-            draws: number of weight draws; every row sees the same draws, so rows are jointly coherent.
+            draws: number of weight draws; every row sees the same draws, so rows are jointly coherent. With ``tolerance``
+                the most that are taken.
             kind: ``"mc"``, weight draws through the network; ``"mean"``, the posterior mean; ``"linearised"``, quasi-random
                 draws of the logits of the network linearised at the mean (`LOGIT_DRAWS` of them whatever ``draws``);
                 ``"linearised_mf1"``, ``"linearised_probit"`` and ``"linearised_bridge"``, the same in closed form;
                 ``"token"`` and ``"flipout"``, noise for every token as released BLoB code has it, which is not the posterior
                 predictive. The default is the posterior's own.
             generator: seeds the draws.
+            sampler: how the draws of ``kind="mc"`` are spread, see `sample`.
+            tolerance: stop drawing when the Monte-Carlo standard error of the mean probabilities, averaged over rows and
+                classes, falls below this; None takes all draws. For ``kind="mc"``.
             batch_size: rows at once, before draws are put on the batch axis.
             progress: show a bar.
 
         Raises:
-            ValueError: an unknown kind (the nearest is offered), or fewer than one draw.
+            ValueError: an unknown kind or sampler (the nearest is offered), fewer than one draw, or a tolerance that is not
+                positive or given where no weights are drawn.
         """
         kind = self.default_kind if kind is None else kind
         if kind not in self.kinds:
@@ -107,22 +131,35 @@ class Posterior:
             )
         if draws < 1:
             raise ValueError(f"A prediction needs at least one draw; got {draws}. A usual choice is 10.")
+        require_sampler(sampler)
+        if tolerance is not None and (kind != "mc" or not tolerance > 0):
+            raise ValueError(
+                f"A tolerance must be positive and needs kind='mc'; got {tolerance} with kind={kind!r}. Try 0.005."
+            )
         if isinstance(data, Mapping):
             rows = data["input_ids"].shape[0]
-            batches: Iterator[Batch] = iter([{**data, "index": torch.arange(rows)}])
-            labels, total = data.get("labels"), 1
+            batches: list[Batch] = [{**data, "index": torch.arange(rows)}]
+            labels = data.get("labels")
         else:
             encoded = self.model.encode(data)
-            batches, labels = encoded.batches(batch_size), encoded.labels
-            total = -(-len(encoded) // batch_size)
-        parts = []
-        predict_batch = self._predictor(kind, draws, generator)
-        for batch in tqdm(batches, total=total, desc="predict", disable=not progress, leave=False):
-            parts.append((batch["index"].cpu(), predict_batch(batch).float().cpu()))
+            rows, batches, labels = len(encoded), list(encoded.batches(batch_size)), encoded.labels
+        trunks = TrunkCache(self.model.backbone, self.model.first_block, rows)
+        found: list[Predictive] = []
+        taken, wanted = 0, draws if tolerance is None else DRAWS_A_ROUND
+        while taken < draws:
+            parts = []
+            predict_batch = self._predictor(kind, min(wanted, draws - taken), generator, sampler)
+            for batch in tqdm(batches, desc="predict", disable=not progress, leave=False):
+                whole = trunks.attach(batch) if "trunk" not in batch else batch
+                parts.append((batch["index"].cpu(), predict_batch(whole).float().cpu()))
+            found.append(gather_rows(parts, None if labels is None else labels.cpu(), kind))
+            taken += wanted
+            if tolerance is None or monte_carlo_error(found, sampler) < tolerance:
+                break
         self.model.release()
-        return gather_rows(parts, None if labels is None else labels.cpu(), kind)
+        return Predictive(torch.cat([part.probs for part in found]), kind, found[0].labels)
 
-    def _predictor(self, kind: str, draws: int, generator: torch.Generator | None) -> Any:
+    def _predictor(self, kind: str, draws: int, generator: torch.Generator | None, sampler: str) -> Any:
         """A function from a batch to probabilities ``(draws, rows, classes)``, with its draws taken once."""
         if kind == "mean":
             mean = self.mean()
@@ -137,11 +174,9 @@ class Posterior:
             return lambda batch: softmax_draws(*linearised(batch, contrasts=True), torch.Generator().manual_seed(seed))
         if kind in TOKEN_SCOPES:
             return TokenNoise(self.model, self.guide, kind, draws, generator)
-        sampled = self.sample(draws, generator=generator)
+        sampled = self.sample(draws, generator=generator, sampler=sampler)
 
         def predict_batch(batch: Batch) -> Tensor:
-            if self.model.first_block > 0 and "trunk" not in batch:
-                batch = {**batch, "trunk": self.model.backbone.trunk(batch, self.model.first_block)}
             at_once = max(1, ROWS_AT_ONCE // batch["input_ids"].shape[0])
             chunks = []
             for first in range(0, draws, at_once):

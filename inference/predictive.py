@@ -8,6 +8,8 @@ from torch import Tensor
 
 # rows times draws that go through the network at once
 ROWS_AT_ONCE = 256
+# draws between two looks at the Monte-Carlo error; even, so that mirrored pairs stay together
+DRAWS_A_ROUND = 4
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,24 @@ def gather_rows(parts: list[tuple[Tensor, Tensor]], labels: Tensor | None, kind:
     ordered = torch.empty_like(probs)
     ordered[:, index] = probs
     return Predictive(ordered, kind, labels)
+
+
+def monte_carlo_error(parts: list[Predictive], sampler: str) -> float:
+    """Standard error of the mean probabilities over draws, averaged over rows and classes.
+
+    Args:
+        parts: rounds of draws.
+        sampler: how they were spread. Mirrored draws are judged by the means of their pairs, strata by the means of rounds.
+    """
+    if sampler == "stratified":
+        units = torch.stack([part.probs.mean(0) for part in parts])
+    elif sampler == "antithetic":
+        units = torch.cat([part.probs[: len(part.probs) // 2 * 2].unflatten(0, (-1, 2)).mean(1) for part in parts])
+    else:
+        units = torch.cat([part.probs for part in parts])
+    if len(units) < 2:
+        return float("inf")
+    return float((units.var(0) / len(units)).sqrt().mean())
 
 
 Batch = Mapping[str, Tensor]

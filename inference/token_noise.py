@@ -54,8 +54,6 @@ class TokenNoise:
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Class probabilities, ``(draws, rows, classes)``."""
-        if self.model.first_block > 0 and "trunk" not in batch:
-            batch = {**batch, "trunk": self.model.backbone.trunk(batch, self.model.first_block)}
         rows = batch["input_ids"].shape[0]
         at_once = max(1, self.rows_at_once // rows)
         device = self.model.backbone.device
