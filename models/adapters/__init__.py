@@ -1,7 +1,9 @@
 """Which tensors change the network, and how a draw of them changes a projection."""
 
 from pyrolora.models.adapters.base import Adapter
+from pyrolora.models.adapters.corda import CorDA
 from pyrolora.models.adapters.last_layer import LastLayer
 from pyrolora.models.adapters.lora import LoRA
+from pyrolora.models.adapters.pissa import PiSSA
 
-__all__ = ["Adapter", "LastLayer", "LoRA"]
+__all__ = ["Adapter", "CorDA", "LastLayer", "LoRA", "PiSSA"]

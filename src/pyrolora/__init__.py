@@ -8,9 +8,9 @@ from pyrolora.inference.map import MAP
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.predictive import Predictive
 from pyrolora.inference.svi import SVI
-from pyrolora.models.adapters import Adapter, LastLayer, LoRA
+from pyrolora.models.adapters import Adapter, CorDA, LastLayer, LoRA, PiSSA
 from pyrolora.models.backbones import Backbone, load_backbone
-from pyrolora.models.priors import Flat, learned
+from pyrolora.models.priors import Flat, Relative, learned
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.sites import Site
 from pyrolora.models.tasks import task
@@ -24,6 +24,7 @@ __all__ = [
     "BLoB",
     "Backbone",
     "BayesianModel",
+    "CorDA",
     "Engine",
     "Flat",
     "FullCovariance",
@@ -33,9 +34,11 @@ __all__ = [
     "LoRA",
     "LowRank",
     "MeanField",
+    "PiSSA",
     "Point",
     "Posterior",
     "Predictive",
+    "Relative",
     "Report",
     "Site",
     "StepStats",
