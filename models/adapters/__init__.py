@@ -5,5 +5,6 @@ from pyrolora.models.adapters.corda import CorDA
 from pyrolora.models.adapters.last_layer import LastLayer
 from pyrolora.models.adapters.lora import LoRA
 from pyrolora.models.adapters.pissa import PiSSA
+from pyrolora.models.adapters.quantised import QPiSSA
 
-__all__ = ["Adapter", "CorDA", "LastLayer", "LoRA", "PiSSA"]
+__all__ = ["Adapter", "CorDA", "LastLayer", "LoRA", "PiSSA", "QPiSSA"]

@@ -107,8 +107,8 @@ class Adapter(ABC):
 
         Args:
             sites: what `sites` returned.
-            draw: the model's constants by name, and site name -> value of the site's shape, or with one leading dimension of ``groups`` draws; the rows
-                of a batch are then ``groups`` equal runs, one for each draw.
+            draw: the model's constants by name, and site name -> value of the site's shape, or with one leading dimension
+                of ``groups`` draws; the rows of a batch are then ``groups`` equal runs, one for each draw.
         """
         return {}
 

@@ -71,13 +71,17 @@ class CentredLowRank(LoRA):
     def constants(
         self, backbone: Backbone, sites: Sequence[Site], calibration: "Calibration | None" = None
     ) -> dict[str, Tensor]:
-        """See `Adapter.constants`: A0 and B0 of every site, stacked, under ``<site of A>.start`` and ``<site of B>.start``."""
-        factors = self.factors(backbone, sites, calibration)
+        """See `Adapter.constants`: A0 and B0 stacked as the sites are, each under its site's name and ``.start``."""
+        placed = self.stacked(self.factors(backbone, sites, calibration), sites)
+        return {name: value.to(backbone.device, backbone.site_dtype) for name, value in placed.items()}
+
+    def stacked(self, factors: Mapping[str, tuple[Tensor, Tensor]], sites: Sequence[Site]) -> dict[str, Tensor]:
+        """Constants from factors by module path."""
         found = {}
         for site in _of_a(sites):
             pairs = [factors[path] for path in site.modules]
             for name, stack in zip(start_names(site), zip(*pairs, strict=True), strict=True):
-                found[name] = torch.stack(stack).to(backbone.device, backbone.site_dtype)
+                found[name] = torch.stack(stack)
         return found
 
     def deltas(self, sites: Sequence[Site], draw: Mapping[str, Tensor]) -> dict[str, Delta]:

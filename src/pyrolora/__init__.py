@@ -8,7 +8,7 @@ from pyrolora.inference.map import MAP
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.predictive import Predictive
 from pyrolora.inference.svi import SVI
-from pyrolora.models.adapters import Adapter, CorDA, LastLayer, LoRA, PiSSA
+from pyrolora.models.adapters import Adapter, CorDA, LastLayer, LoRA, PiSSA, QPiSSA
 from pyrolora.models.backbones import Backbone, load_backbone
 from pyrolora.models.priors import Flat, Relative, learned
 from pyrolora.models.program import BayesianModel
@@ -38,6 +38,7 @@ __all__ = [
     "Point",
     "Posterior",
     "Predictive",
+    "QPiSSA",
     "Relative",
     "Report",
     "Site",
