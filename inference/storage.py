@@ -112,7 +112,7 @@ def _write_peft(posterior: "Posterior", folder: Path) -> None:
     if len(model.adapters) != 1:
         return
     sites = tuple(model.adapter_sites.values())
-    exported = model.adapters[0].to_peft(sites, posterior.mean(), model.constants)
+    exported = model.adapters[0].to_peft(model.backbone, sites, posterior.mean(), model.constants)
     if exported is None:
         return
     config, weights = exported

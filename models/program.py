@@ -209,22 +209,26 @@ class BayesianModel:
         rows = self.num_data if num_data is None else num_data
         return observe_labels(logits, labels, None if index is None else index.to(logits.device), rows)
 
+    def deltas(self, draw: Mapping[str, Tensor]) -> dict[str, Delta]:
+        """What a draw adds to the output of each adapted projection; see `Adapter.deltas`."""
+        values = {**self.constants, **draw}
+        deltas: dict[str, Delta] = {}
+        for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
+            for path, delta in adapter.deltas(sites, values).items():
+                # two adapters of one projection both change it
+                deltas[path] = _sum_of(deltas[path], delta) if path in deltas else delta
+        return deltas
+
     def row_logits(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Tensor:
         """Class logits of each row; a draw with a leading dimension of ``groups`` serves ``groups`` equal runs of rows.
 
         Shape:
             ``(rows, classes)``
         """
-        deltas: dict[str, Delta] = {}
-        label_changes = []
         values = {**self.constants, **draw}
-        for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
-            for path, delta in adapter.deltas(sites, values).items():
-                # two adapters of one projection both change it
-                deltas[path] = _sum_of(deltas[path], delta) if path in deltas else delta
-            if (change := adapter.label_change(values)) is not None:
-                label_changes.append(change)
-        self.backbone.bind(deltas)
+        changes = (adapter.label_change(values) for adapter in self.adapters)
+        label_changes = [change for change in changes if change is not None]
+        self.backbone.bind(self.deltas(draw))
         trunk = batch.get("trunk")
         return self.head(batch, label_changes, trunk, self.first_block if trunk is not None else 0)
 

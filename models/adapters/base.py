@@ -91,11 +91,12 @@ class Adapter(ABC):
         raise ValueError(f"{type(self).__name__} has no scale of its own; give a prior such as Normal(0, 0.1) instead.")
 
     def to_peft(
-        self, sites: Sequence[Site], draw: Mapping[str, Tensor], constants: Mapping[str, Tensor]
+        self, backbone: Backbone, sites: Sequence[Site], draw: Mapping[str, Tensor], constants: Mapping[str, Tensor]
     ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """One draw in PEFT's file format: its configuration and its weights; None where PEFT cannot hold it.
 
         Args:
+            backbone: the frozen network.
             sites: what `sites` returned.
             draw: site name -> value of the site's shape.
             constants: what `constants` returned.

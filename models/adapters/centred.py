@@ -153,7 +153,7 @@ class CentredLowRank(LoRA):
         return converted
 
     def to_peft(
-        self, sites: Sequence[Site], draw: Mapping[str, Tensor], constants: Mapping[str, Tensor]
+        self, backbone: Backbone, sites: Sequence[Site], draw: Mapping[str, Tensor], constants: Mapping[str, Tensor]
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """See `Adapter.to_peft`: a plain LoRA on the pretrained network, which no residual weights have to accompany."""
         converted = self.as_lora(sites, draw, constants)

@@ -132,7 +132,7 @@ class LoRA(Adapter):
         return scales
 
     def to_peft(
-        self, sites: Sequence[Site], draw: Mapping[str, Tensor], constants: Mapping[str, Tensor]
+        self, backbone: Backbone, sites: Sequence[Site], draw: Mapping[str, Tensor], constants: Mapping[str, Tensor]
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """See `Adapter.to_peft`."""
         weights = {

@@ -29,9 +29,9 @@ class QPiSSA(CentredLowRank):
         quantised, constants = adapter.quantise(backbone)
         model = BayesianModel(quantised, task, adapter, constants=constants)
 
-    ``Q + s B0 A0`` is near W, not equal to it, and the difference form of `PiSSA` would be a change of W: posteriors belong to
-    the quantised backbone (its fingerprint is checked) and no PEFT file is written, which PEFT would put on W. The rounded
-    weights are kept in the backbone's own float type.
+    ``Q + s B0 A0`` is near W, not equal to it, so this is no change of W: posteriors belong to the quantised backbone (its
+    fingerprint is checked) and no PEFT file is written, which PEFT would put on W. The rounded weights are kept in the
+    backbone's own float type.
 
     Args:
         rank: number of components.
@@ -105,6 +105,8 @@ class QPiSSA(CentredLowRank):
         whole = {site.name: draw[site.name] + draw[f"{site.name}.start"] for site in sites}
         return LoRA.deltas(self, sites, whole)
 
-    def to_peft(self, sites: Sequence[Site], draw: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> Any:
+    def to_peft(
+        self, backbone: Backbone, sites: Sequence[Site], draw: Mapping[str, Tensor], constants: Mapping[str, Tensor]
+    ) -> Any:
         """See `Adapter.to_peft`: None, because PEFT would put the factors on the weight that was not rounded."""
         return None

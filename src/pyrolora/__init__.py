@@ -8,7 +8,7 @@ from pyrolora.inference.map import MAP
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.predictive import Predictive
 from pyrolora.inference.svi import SVI
-from pyrolora.models.adapters import Adapter, CorDA, LastLayer, LoRA, PiSSA, QPiSSA
+from pyrolora.models.adapters import S2FT, Adapter, CorDA, FullRank, LastLayer, LoRA, PiSSA, QPiSSA
 from pyrolora.models.backbones import Backbone, load_backbone
 from pyrolora.models.priors import Flat, Relative, learned
 from pyrolora.models.program import BayesianModel
@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MAP",
+    "S2FT",
     "SVI",
     "Adapter",
     "BLoB",
@@ -28,6 +29,7 @@ __all__ = [
     "Engine",
     "Flat",
     "FullCovariance",
+    "FullRank",
     "Laplace",
     "LaplacePosterior",
     "LastLayer",
