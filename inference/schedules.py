@@ -59,7 +59,9 @@ class BlockSchedule:
     every: int = field(default=20, metadata={"help": "steps between two switches"})
     sampler: str = field(default="uniform", metadata={"help": "'uniform', 'cycle' or 'norm'"})
     always: tuple[str, ...] = field(default=(), metadata={"help": "glob patterns of sites that are always trained"})
-    state: str = field(default="drop", metadata={"help": "'drop', 'keep' or 'offload' Adam's moments of resting blocks"})
+    state: str = field(
+        default="drop", metadata={"help": "'drop', 'keep' or 'offload' Adam's moments of resting blocks"}
+    )
     seed: int | None = field(default=None, metadata={"help": "seed of the sampler; None for the fit's own"})
 
     def __post_init__(self) -> None:
@@ -117,9 +119,7 @@ class BlockPlan:
                     f"The pattern {pattern!r} of sites that are always trained matches none. Did you mean "
                     f"{nearest(pattern, sites)!r}? Sites: {', '.join(sites)}."
                 )
-        stacks = [
-            site for site in sites.values() if site.layers and not any(site.matches(p) for p in schedule.always)
-        ]
+        stacks = [site for site in sites.values() if site.layers and not any(site.matches(p) for p in schedule.always)]
         self.resting_sites = tuple(site.name for site in stacks)
         found: dict[str, dict[str, set[int]]] = {}
         if isinstance(schedule.blocks, tuple):
@@ -131,7 +131,9 @@ class BlockPlan:
             found = dict(sorted(found.items(), key=lambda item: int(item[0])))
         for name, entries in found.items():
             if not entries:
-                raise ValueError(f"The block {name!r} holds no site. Blocks are matched against names such as 0.{stacks[0].name}.")
+                raise ValueError(
+                    f"The block {name!r} holds no site. Blocks are matched against names such as 0.{stacks[0].name}."
+                )
         if schedule.active > len(found):
             raise ValueError(
                 f"{schedule.active} blocks are to be active, and the model has {len(found)}"

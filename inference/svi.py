@@ -68,7 +68,9 @@ class SVI:
     max_grad_norm: float | None = field(default=None, metadata={"help": "clip gradients to this norm"})
     average: float = field(default=0.0, metadata={"help": "fraction of the last steps that are averaged"})
     seed: int = field(default=0, metadata={"help": "seed of start, data order and draws"})
-    schedule: BlockSchedule | None = field(default=None, metadata={"help": "which blocks are trained when; None for all"})
+    schedule: BlockSchedule | None = field(
+        default=None, metadata={"help": "which blocks are trained when; None for all"}
+    )
     checkpoint: str | Path | None = field(default=None, metadata={"help": "folder of the training state"})
     checkpoint_every: int = field(default=50, metadata={"help": "steps between checkpoints"})
 

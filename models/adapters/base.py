@@ -29,9 +29,10 @@ class Adapter(ABC):
 
     registered: ClassVar[dict[str, type["Adapter"]]] = {}
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        Adapter.registered[cls.__name__] = cls
+        if not abstract:
+            Adapter.registered[cls.__name__] = cls
 
     @abstractmethod
     def sites(self, backbone: Backbone, classes: int | None) -> tuple[Site, ...]:

@@ -23,7 +23,7 @@ FORMS = ("difference", "fixed_B", "subspace")
 
 
 @dataclass(frozen=True)
-class CentredLowRank(LoRA):
+class CentredLowRank(LoRA, abstract=True):
     """``y = W x + s (B A - B0 A0) x`` with the sites ``lora_A = A - A0`` and ``lora_B = B - B0``.
 
     The sites are changes, so a zero-mean prior or weight decay pulls towards the pretrained network (towards the factors

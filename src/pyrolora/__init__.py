@@ -7,6 +7,7 @@ from pyrolora.inference.laplace import Laplace, LaplacePosterior
 from pyrolora.inference.map import MAP
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.predictive import Predictive
+from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.svi import SVI
 from pyrolora.models.adapters import S2FT, Adapter, CorDA, FullRank, LastLayer, LoRA, PiSSA, QPiSSA
 from pyrolora.models.backbones import Backbone, load_backbone
@@ -25,6 +26,7 @@ __all__ = [
     "BLoB",
     "Backbone",
     "BayesianModel",
+    "BlockSchedule",
     "CorDA",
     "Engine",
     "Flat",

@@ -27,7 +27,9 @@ def tied(tiny_llama, tiny_tokenizer, three_topics):
 
 
 def random_draw(model, *draws):
-    return {name: 0.1 * torch.randn(*draws, *s.shape, dtype=model.backbone.site_dtype) for name, s in model.sites.items()}
+    return {
+        name: 0.1 * torch.randn(*draws, *s.shape, dtype=model.backbone.site_dtype) for name, s in model.sites.items()
+    }
 
 
 def merged_logits(model, batch, draw):
@@ -99,7 +101,7 @@ class TestFits:
     def test_a_tied_embedding_has_no_linear_curvature_and_says_so(self, tied):
         model = tied(FullRank(embeddings=True, targets=["q_proj"]))
         estimate = MAP(steps=1).fit(model, model.task.train, progress=False)
-        with pytest.raises(ValueError, match="'embed_tokens.weight' is not a stack of weights of linear maps"):
+        with pytest.raises(ValueError, match=r"'embed_tokens.weight' is not a stack of weights of linear maps"):
             Laplace(structure="kron").fit(model, model.task.train, estimate=estimate, progress=False)
 
     def test_relative_scales_give_the_declared_change(self, three_topics_model):

@@ -84,10 +84,8 @@ class TestAgainstWholeWeights:
             for entry, path in enumerate(site.modules):
                 gradient = whole.get_submodule(path).weight.grad
                 index = constants[f"{site.name}.index"][entry]
-                if site.name.endswith("columns"):
-                    expected = gradient[:, index]
-                else:
-                    expected = gradient[index < site.shape[1]]
+                columns = site.name.endswith("columns")
+                expected = gradient[:, index] if columns else gradient[index < site.shape[1]]
                 assert expected.abs().max() > 0
                 torch.testing.assert_close(draw[site.name].grad[entry], expected, atol=1e-12, rtol=0)
 
@@ -277,7 +275,7 @@ class TestSelection:
 
     def test_a_coupled_structure_is_whole(self, backbone):
         """Query heads lie in the chosen groups of key and value heads; up, gate and down share their channels."""
-        adapter, sites, constants = made(backbone, heads=1, channels=4, targets=EVERYTHING)
+        _, sites, constants = made(backbone, heads=1, channels=4, targets=EVERYTHING)
         index = {site.name.split(".")[0]: constants[f"{site.name}.index"] for site in sites}
         width = {site.name.split(".")[0]: site.shape[1] for site in sites}
 
@@ -297,7 +295,8 @@ class TestSelection:
             "from pyrolora.models.adapters import S2FT\nfrom pyrolora.models.backbones import Backbone\n"
             "c = LlamaConfig(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=3,"
             " num_attention_heads=4, num_key_value_heads=2)\n"
-            "b = Backbone(LlamaForCausalLM(c), None, 'x')\na = S2FT(channels=6, targets=['down_proj'], seed=5, layers=[2, 0])\n"
+            "b = Backbone(LlamaForCausalLM(c), None, 'x')\n"
+            "a = S2FT(channels=6, targets=['down_proj'], seed=5, layers=[2, 0])\n"
             "s = a.sites(b, 3)\nprint(a.constants(b, s)['down_proj.columns.index'].tolist())"
         )
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -313,7 +312,7 @@ class TestSelection:
             index = made(backbone, channels=8, targets=["down_proj"], seed=seed, layers=[0])[2]
             counts[index["down_proj.columns.index"][0]] += 1
         expected = 300 * 8 / 64
-        # a sum of 64 squares, each of variance expected * (1 - 1/8): chi-square with 63 degrees of freedom, 10^-6 quantile 129
+        # variance expected * (1 - 1/8) a channel: chi-square with 63 degrees of freedom, whose 10^-6 quantile is 129
         assert float(((counts - expected) ** 2 / (expected * 7 / 8)).sum()) * 63 / 64 < 129
 
 

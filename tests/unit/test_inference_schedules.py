@@ -21,7 +21,7 @@ from pyrolora.inference.optimiser import GuideAdam
 from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.svi import SVI
 from pyrolora.inference.training import TrainingRun
-from pyrolora.models.adapters import CorDA, FullRank, LastLayer, LoRA, PiSSA, S2FT
+from pyrolora.models.adapters import S2FT, CorDA, FullRank, LastLayer, LoRA, PiSSA
 from pyrolora.models.priors import Flat, Relative
 from pyrolora.models.sites import Site, SiteTable
 
@@ -113,9 +113,7 @@ class TestELBO:
         model = three_topics_model(adapter=LoRA(rank=2), prior=dist.Normal(0.0, 0.1))
         engine = SVI(guide=MeanField(), steps=9, learning_rate=1e-12, scale_learning_rate=1e-12)
         scheduled = dataclasses.replace(engine, schedule=BlockSchedule(active=1, every=2))
-        losses = [
-            [stats.loss for stats in TrainingRun(e, model, model.task.train)] for e in (engine, scheduled)
-        ]
+        losses = [[stats.loss for stats in TrainingRun(e, model, model.task.train)] for e in (engine, scheduled)]
         assert losses[0] == pytest.approx(losses[1], abs=1e-8)
 
     def test_backward_stops_below_the_lowest_active_block(self, three_topics_model):
@@ -124,14 +122,14 @@ class TestELBO:
         run = TrainingRun(SVI(guide=MeanField(), steps=3, schedule=schedule), model, model.task.train)
         for step in range(3):
             asks = {}
-            handles = [
-                block.register_forward_hook(
-                    lambda module, args, output, number=number: asks.__setitem__(
-                        number, (output[0] if isinstance(output, tuple) else output).requires_grad
-                    )
-                )
-                for number, block in enumerate(model.backbone.blocks)
-            ]
+
+            def note(number, asks=asks):
+                def hook(module, args, output):
+                    asks[number] = (output[0] if isinstance(output, tuple) else output).requires_grad
+
+                return hook
+
+            handles = [block.register_forward_hook(note(number)) for number, block in enumerate(model.backbone.blocks)]
             next(run.steps())
             for handle in handles:
                 handle.remove()
@@ -381,7 +379,7 @@ class TestSampler:
 
 def test_a_posterior_that_ties_layers_together_is_refused(three_topics_model):
     model = three_topics_model(adapter=LoRA(rank=1, targets=["v_proj"]))
-    with pytest.raises(ValueError, match="independent from layer to layer; that of 'v_proj.lora_A'"):
+    with pytest.raises(ValueError, match=r"independent from layer to layer; that of 'v_proj.lora_A'"):
         SVI(guide=FullCovariance(), schedule=BlockSchedule(active=1)).fit(model, model.task.train)
 
 
