@@ -6,6 +6,7 @@ from typing import Any
 
 import pyro.distributions as dist
 
+from pyrolora.models.covariance import Covariance
 from pyrolora.models.naming import nearest
 from pyrolora.models.priors import Declaration, Flat, Relative, learned
 
@@ -23,6 +24,7 @@ PRIORS: dict[str, Callable[..., Declaration]] = {
     "Flat": Flat,
     "learned": learned,
     "Relative": Relative,
+    "Covariance": Covariance,
     **{family.__name__: _in_floats(family) for family in (dist.Normal, dist.Laplace, dist.StudentT, dist.Cauchy)},
 }
 

@@ -11,6 +11,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
+from pyrolora.models.covariance import Covariance
 from pyrolora.models.naming import nearest
 from pyrolora.models.sites import Site, SiteTable
 
@@ -87,7 +88,9 @@ def learned(scale: float, *, strength: float = 1.0, after: float = 0.5) -> Learn
     return Learned(scale, strength, after)
 
 
-Declaration: TypeAlias = TorchDistribution | Flat | Learned | Relative | Callable[[Site], TorchDistribution]
+Declaration: TypeAlias = (
+    TorchDistribution | Flat | Learned | Relative | Covariance | Callable[[Site], TorchDistribution]
+)
 PriorSpecification: TypeAlias = Declaration | Mapping[str, Declaration]
 
 
@@ -134,6 +137,8 @@ class Prior:
                 self._fixed[name] = fit_to_site(move(declaration, self.device, dtype), sites[name])
             elif isinstance(declaration, Flat):
                 self._fixed[name] = _flat(sites[name])
+            elif isinstance(declaration, Covariance):
+                self._fixed[name] = declaration.distribution(sites[name], self.device, dtype)
             elif isinstance(declaration, Relative):
                 if relative_scales is None:
                     raise ValueError("A relative prior needs a model, whose adapters know its scales.")
@@ -145,7 +150,7 @@ class Prior:
                 given = f"{'the class' if kind is declaration else 'a'} {kind.__name__}"
                 raise TypeError(
                     f"The prior of {name!r} is {given}; expected a Pyro distribution, Flat(), "
-                    "learned(scale), Relative(ratio), or a callable from a site to a distribution."
+                    "learned(scale), Relative(ratio), Covariance(file, scale), or a callable from a site to a distribution."
                 )
 
     def __call__(self, site: Site) -> TorchDistribution:
@@ -273,6 +278,8 @@ def _parameters(declared: TorchDistribution) -> dict[str, Tensor]:
 def _describe(declaration: Declaration) -> dict[str, Any]:
     if isinstance(declaration, Flat):
         return {"prior": "Flat"}
+    if isinstance(declaration, Covariance):
+        return {"prior": "Covariance", **vars(declaration)}
     if isinstance(declaration, Relative):
         return {"prior": "Relative", "ratio": declaration.ratio}
     if isinstance(declaration, Learned):
@@ -294,6 +301,8 @@ def _rebuild(site: str, entry: Mapping[str, Any]) -> Declaration:
     kind = entry["prior"]
     if kind == "Flat":
         return Flat()
+    if kind == "Covariance":
+        return Covariance(entry["moments"], entry["scale"], entry["damping"])
     if kind == "Relative":
         return Relative(entry["ratio"])
     if kind == "learned":

@@ -11,8 +11,11 @@ from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.svi import SVI
 from pyrolora.models.adapters import S2FT, Adapter, CorDA, FullRank, LastLayer, LoRA, PiSSA, QPiSSA
 from pyrolora.models.backbones import Backbone, load_backbone
+from pyrolora.models.covariance import Covariance
+from pyrolora.models.moments import SecondMoments, second_moments
 from pyrolora.models.priors import Flat, Relative, learned
 from pyrolora.models.program import BayesianModel
+from pyrolora.models.serving import Served, merged
 from pyrolora.models.sites import Site
 from pyrolora.models.tasks import task
 
@@ -28,6 +31,7 @@ __all__ = [
     "BayesianModel",
     "BlockSchedule",
     "CorDA",
+    "Covariance",
     "Engine",
     "Flat",
     "FullCovariance",
@@ -45,11 +49,15 @@ __all__ = [
     "QPiSSA",
     "Relative",
     "Report",
+    "SecondMoments",
+    "Served",
     "Site",
     "StepStats",
     "build_guide",
     "evaluate",
     "learned",
     "load_backbone",
+    "merged",
+    "second_moments",
     "task",
 ]

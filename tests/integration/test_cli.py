@@ -117,8 +117,8 @@ class TestCompare:
     def test_adapters_by_name_under_a_schedule(self, where, tmp_path, adapter, methods, options):
         result = run(
             "compare", *where, "--train-size", 24, "--dtype", "float32", "--quiet", "--methods", methods,
-            "--adapter", adapter, "--schedule", "BlockSchedule(active=1, every=2)", "--draws", 2, "--set", "test_size=20", *options,
-            "--out", tmp_path / "run", *[o for m in methods.split(",") if not m.startswith("laplace") for o in quick(m)],
+            "--adapter", adapter, "--schedule", "BlockSchedule(active=1, every=2)", *options, "--draws", 2, "--set",
+            "test_size=20", "--out", tmp_path / "run", *quick(*[name for name in methods.split(",") if not name.startswith("laplace")]),
         )  # fmt: skip
         assert result.exit_code == 0, result.output
         written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())

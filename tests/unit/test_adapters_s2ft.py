@@ -16,6 +16,7 @@ from pyrolora.models.adapters import S2FT, LoRA
 from pyrolora.models.adapters.selection import HeadShape
 from pyrolora.models.backbones import Backbone
 from pyrolora.models.moments import second_moments
+from pyrolora.models.permutation import permute
 from pyrolora.models.priors import Flat, Relative
 from pyrolora.models.serving import Served, merged, weight_change
 
@@ -443,3 +444,28 @@ class TestRefusals:
 
     def test_head_shapes_are_read_from_the_configuration(self, backbone):
         assert HeadShape.of(backbone) == HeadShape(heads=4, groups=2, width=8)
+
+
+class TestPermutation:
+    @pytest.mark.parametrize("which", ["backbone", "biased"])
+    def test_chosen_units_first_and_the_network_computes_what_it_did(self, which, request):
+        """The official conversion breaks on grouped heads and on biases."""
+        backbone = request.getfixturevalue(which)
+        before = backbone.network(input_ids=IDS).logits
+        orders = {0: torch.tensor([3, 2, 0, 1]), 1: torch.tensor([0, 1, 3, 2])}
+        channels = {0: torch.randperm(64), 1: torch.randperm(64)}
+        weights = copy.deepcopy(backbone.network.state_dict())
+        permute(backbone, orders, channels)
+        torch.testing.assert_close(backbone.network(input_ids=IDS).logits, before, atol=1e-10, rtol=0)
+        after = backbone.network.state_dict()
+        key = "model.layers.0.mlp.down_proj.weight"
+        assert torch.equal(after[key], weights[key][:, channels[0]])
+        for kind in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            key = f"model.layers.0.self_attn.{kind}.weight"
+            assert not torch.equal(after[key], weights[key])
+
+    def test_torn_groups_and_other_lists_are_refused(self, backbone):
+        with pytest.raises(ValueError, match=r"tears heads apart that share a key and value head. Keep runs of 2"):
+            permute(backbone, {0: torch.tensor([0, 2, 1, 3])}, {})
+        with pytest.raises(ValueError, match="channels of block 1 is no permutation of 0 to 63"):
+            permute(backbone, {}, {1: torch.zeros(64, dtype=torch.int64)})
