@@ -1,7 +1,9 @@
 """The Pyro program: sites with priors, a frozen backbone, and labels observed in a data plate."""
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pyro
 import pyro.distributions as dist
@@ -25,6 +27,10 @@ from pyrolora.models.tasks import EncodedSplit, Split, Task, encode
 ROW_KEYS = (
     "input_ids", "attention_mask", "position_ids", "segment_ids", "scored", "option_mask", "option_lengths", "trunk",
 )  # fmt: skip
+
+# adapters whose constants are remembered for a backbone: the models of a comparison share them
+MOST_RECENT = 4
+_RECENT: "WeakKeyDictionary[Backbone, dict[tuple[str, ...], dict[str, Tensor]]]" = WeakKeyDictionary()
 
 
 class BayesianModel:
@@ -101,10 +107,25 @@ class BayesianModel:
             return functional.cross_entropy(logits, batch["labels"].to(logits.device))
 
         calibration = Calibration(batches, loss, self.label_ids)
+        recent = _RECENT.setdefault(self.backbone, {})
         found: dict[str, Tensor] = {}
         for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
-            found.update(adapter.constants(self.backbone, sites, calibration))
+            key = self._constants_key(adapter)
+            if key not in recent:
+                recent[key] = adapter.constants(self.backbone, sites, calibration)
+            # the last used comes last, and the first is forgotten
+            recent[key] = recent.pop(key)
+            found.update(recent[key])
+        while len(recent) > MOST_RECENT:
+            del recent[next(iter(recent))]
         return found
+
+    def _constants_key(self, adapter: Adapter) -> tuple[str, ...]:
+        """All that an adapter's constants depend on, for one backbone."""
+        # a weight counts its changes in place, so what was made from other weights is not found again
+        changes = sum(weight._version for weight in self.backbone.network.parameters())
+        rows = hashlib.sha256(repr([(row.fields, row.label) for row in self.task.train.examples]).encode()).hexdigest()
+        return repr(adapter), self.task.name, rows, str(self.max_length), str(changes)
 
     def _placed(self, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
         device, dtype = self.backbone.device, self.backbone.site_dtype

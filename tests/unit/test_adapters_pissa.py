@@ -354,3 +354,26 @@ class TestRefusals:
         model = three_topics_model(adapter=PiSSA(rank=2))
         with pytest.raises(ValueError, match=r"PiSSA needs the constant 'q_proj.lora_A.start'"):
             type(model)(model.backbone, model.task, PiSSA(rank=2), constants={})
+
+
+class TestSharing:
+    def test_models_of_one_backbone_and_adapter_decompose_once(self, three_topics_model, monkeypatch):
+        first = three_topics_model(adapter=PiSSA(rank=2))
+        calls = []
+        svd = torch.linalg.svd
+        monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: calls.append(1) or svd(*a, **k))
+
+        def again(adapter):
+            return type(first)(first.backbone, first.task, adapter)
+
+        second = again([PiSSA(rank=2)])
+        assert not calls
+        assert second.constants["q_proj.lora_A.start"] is first.constants["q_proj.lora_A.start"]
+        again(PiSSA(rank=3))
+        assert len(calls) == 6
+        with torch.no_grad():
+            first.backbone.network.get_submodule("model.layers.0.self_attn.q_proj").weight.mul_(2)
+        changed = again(PiSSA(rank=2))
+        assert len(calls) == 12
+        ratio = changed.constants["q_proj.lora_A.start"][0].norm() / first.constants["q_proj.lora_A.start"][0].norm()
+        assert float(ratio) == pytest.approx(2**0.5)
