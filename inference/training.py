@@ -67,7 +67,7 @@ class TrainingRun:
         schedule = engine.schedule
         plan = None if schedule is None else schedule.plan(model.sites, model.backbone, self.seed)
         self.optimiser = GuideAdam(self.guide, rates, plan)
-        self.parameters = self.optimiser.parameters
+        self.parameters: list[Tensor] = list(self.optimiser.parameters)
         self.noisy_sites = frozenset(name for name in self.guide.site_names if self._is_noisy(name))
         if engine.noise in TOKEN_SCOPES:
             for name, factor in self.guide.items():
