@@ -178,12 +178,11 @@ class _CentredDelta:
     entry: int
 
     def __call__(self, rows: Tensor) -> Tensor:
-        inputs = rows.to(self.down.dtype)
-        narrow = site_linear(inputs, self.down, self.names[0], self.entry) * self.scale
+        narrow = site_linear(rows, self.down, self.names[0], self.entry) * self.scale
         change = functional.linear(narrow, self.up_start)
         if self.up is not None:
             if self.through_start:
-                narrow = narrow + functional.linear(inputs, self.down_start) * self.scale
+                narrow = narrow + functional.linear(rows.to(narrow.dtype), self.down_start) * self.scale
             change = change + site_linear(narrow, self.up, self.names[1], self.entry)
         return change.to(rows.dtype)
 

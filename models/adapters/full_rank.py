@@ -135,7 +135,7 @@ class _WeightDelta:
     entry: int
 
     def __call__(self, rows: Tensor) -> Tensor:
-        return site_linear(rows.to(self.value.dtype), self.value, self.site, self.entry).to(rows.dtype)
+        return site_linear(rows, self.value, self.site, self.entry).to(rows.dtype)
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,7 @@ class _RowsDelta:
     entry: int
 
     def __call__(self, rows: Tensor) -> Tensor:
-        changed = site_linear(rows.to(self.value.dtype), self.value, self.site, self.entry)
+        changed = site_linear(rows, self.value, self.site, self.entry)
         # one more feature, always zero, for all that no row changes
         return functional.pad(changed, (0, 1)).index_select(-1, self.index).to(rows.dtype)
 
