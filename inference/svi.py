@@ -12,6 +12,7 @@ from pyrolora.guides import BLoB
 from pyrolora.guides.base import Family, GuideSpecification, by_pattern
 from pyrolora.inference.noise import SCOPES
 from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.training import TrainingRun
 from pyrolora.models.naming import nearest
 from pyrolora.models.program import BayesianModel
@@ -46,6 +47,7 @@ class SVI:
         max_grad_norm: gradients are clipped to this norm; None for no clipping.
         average: fraction of the last steps whose parameters are averaged into the result; 0 takes the last ones.
         seed: seeds the start, the order of the data and all draws.
+        schedule: which blocks are trained when; None trains all of them in every step.
         checkpoint: folder to keep the state in, or None.
         checkpoint_every: steps between two checkpoints.
 
@@ -66,6 +68,9 @@ class SVI:
     max_grad_norm: float | None = field(default=None, metadata={"help": "clip gradients to this norm"})
     average: float = field(default=0.0, metadata={"help": "fraction of the last steps that are averaged"})
     seed: int = field(default=0, metadata={"help": "seed of start, data order and draws"})
+    schedule: BlockSchedule | None = field(
+        default=None, metadata={"help": "which blocks are trained when; None for all"}
+    )
     checkpoint: str | Path | None = field(default=None, metadata={"help": "folder of the training state"})
     checkpoint_every: int = field(default=50, metadata={"help": "steps between checkpoints"})
 
@@ -94,6 +99,8 @@ class SVI:
             raise ValueError(
                 f"average is a fraction of the steps in [0, 1); got {self.average}. Try 0.25, or 0 for none."
             )
+        if self.schedule is not None and not isinstance(self.schedule, BlockSchedule):
+            raise TypeError(f"The schedule is a {type(self.schedule).__name__}; expected BlockSchedule(...), or None.")
         if self.noise not in SCOPES:
             raise ValueError(
                 f"Unknown noise scope {self.noise!r}. Did you mean {nearest(self.noise, SCOPES)!r}? "
@@ -152,6 +159,7 @@ class SVI:
     def to_dict(self) -> dict[str, Any]:
         """Settings, ready for JSON."""
         settings = {key: value for key, value in vars(self).items() if key not in ("guide", "checkpoint")}
+        settings["schedule"] = None if self.schedule is None else self.schedule.to_dict()
         guide = self.guide
         settings["guide"] = (
             guide.to_dict() if isinstance(guide, Family) else {key: value.to_dict() for key, value in guide.items()}

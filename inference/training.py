@@ -5,7 +5,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,9 @@ from pyrolora.inference import checkpoint
 from pyrolora.inference.elbo import AnalyticELBO
 from pyrolora.inference.engine import History, StepStats
 from pyrolora.inference.noise import TOKEN_SCOPES, NoiseMessenger, TemperMessenger, TokenMessenger
+from pyrolora.inference.optimiser import GuideAdam
 from pyrolora.inference.posterior import Posterior
+from pyrolora.models.active_entries import ActiveEntries
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import EncodedSplit, Split
 from pyrolora.models.trunk import TrunkCache
@@ -61,12 +63,11 @@ class TrainingRun:
         model.prior.reset_scales()
         source = torch.Generator().manual_seed(self.seed)
         self.guide = build_guide(engine.guide, model, start=start, generator=source)
-        roles = self.guide.parameters_by_role()
         rates = {"loc": engine.learning_rate, "point": engine.learning_rate, "scale": engine.scale_learning_rate}
-        groups: list[dict[str, Any]] = [{"params": roles[role], "lr": rates[role]} for role in roles if roles[role]]
-        self.parameters = [parameter for group in groups for parameter in group["params"]]
-        self.optimiser = torch.optim.Adam(groups, foreach=True)
-        self.peak_rates = [group["lr"] for group in self.optimiser.param_groups]
+        schedule = engine.schedule
+        plan = None if schedule is None else schedule.plan(model.sites, model.backbone, self.seed)
+        self.optimiser = GuideAdam(self.guide, rates, plan)
+        self.parameters: list[Tensor] = list(self.optimiser.parameters)
         self.noisy_sites = frozenset(name for name in self.guide.site_names if self._is_noisy(name))
         if engine.noise in TOKEN_SCOPES:
             for name, factor in self.guide.items():
@@ -98,6 +99,7 @@ class TrainingRun:
             "seed": self.seed,
             "sites": sites,
             "adapters": [adapter.to_dict() for adapter in self.model.adapters],
+            "constants": _digest(self.model.constants),
             "prior": self.model.prior.to_dict(),
             "backbone": self.model.backbone.fingerprint,
             "dtype": str(self.model.backbone.dtype),
@@ -155,10 +157,8 @@ class TrainingRun:
             FloatingPointError: loss or gradient is not finite.
         """
         engine, num_data = self.engine, len(self.data)
-        factor = self._rate_factor(self.step)
-        for group, rate in zip(self.optimiser.param_groups, self.peak_rates, strict=True):
-            group["lr"] = rate * factor
-        self.optimiser.zero_grad(set_to_none=True)
+        entries = self.optimiser.activate(self.step)
+        self.optimiser.zero_grad()
         scopes: list[Messenger] = [TemperMessenger(num_data, engine.kl_weight)]
         if engine.noise == "example" and self.noisy_sites:
             scopes.append(NoiseMessenger(self.noisy_sites, batch["input_ids"].shape[0]))
@@ -167,16 +167,17 @@ class TrainingRun:
         run_model, run_guide = self.model.__call__, self.guide.__call__
         for scope in scopes:
             run_model, run_guide = scope(run_model), scope(run_guide)
-        with self._seeded_step(), pyro.validation_enabled(False):
+        resting = nullcontext() if entries is None else ActiveEntries(entries)
+        with self._seeded_step(), pyro.validation_enabled(False), resting:
             loss = self.elbo.loss_and_grads(run_model, run_guide, batch, num_data)
-        grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        grads = self.optimiser.gradients()
         norm = float(nn.utils.get_total_norm(grads))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(self._describe_failure(loss, norm))
         if engine.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, engine.max_grad_norm, torch.tensor(norm))
+            nn.utils.clip_grads_with_norm_(self.optimiser.trained, engine.max_grad_norm, torch.tensor(norm))
         self.consistent = False
-        self.optimiser.step()
+        self.optimiser.step(self._rate_factor(self.step))
         if self.learns_scales and (learned := self.model.prior.scales):
             self.model.prior.update_scales(self.guide.second_moments(learned), (self.step + 1) / engine.steps)
         self.step += 1
@@ -241,6 +242,9 @@ class TrainingRun:
             "steps_done": self.step,
             "history": [stats.to_dict() for stats in self.history],
         }
+        if self.optimiser.plan is not None:
+            record["steps_of_blocks"] = self.optimiser.plan.visits(self.step)
+            record["peak_optimiser_bytes"] = self.optimiser.peak_state_bytes
         guide = copy.deepcopy(self.guide)
         if self.averages:
             averages = dict(zip(map(id, self.parameters), self.averages, strict=True))
@@ -255,6 +259,14 @@ def _data_digest(data: EncodedSplit) -> str:
     for row in data.rows:
         digest.update(repr(row).encode())
     return f"{len(data)}:{digest.hexdigest()[:16]}"
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _finite(tensors: Iterable[Tensor]) -> bool:

@@ -62,7 +62,8 @@ class ExperimentConfig:
         data_dir: folder with the task's files; None for its package or the hub.
         ood: tasks whose test examples are asked with this task's prompt.
         methods: names from `METHODS`; the pretrained model comes first in any case.
-        adapter: declaration of the adapter.
+        adapter: declaration of the adapter, such as ``"PiSSA(rank=8)"`` or ``"pissa"``.
+        schedule: declaration of the blocks that MAP and SVI train when, such as ``"BlockSchedule(active=2)"``; None for all.
         dtype: type of the frozen weights; ``"auto"`` takes bfloat16 where the device multiplies it in hardware.
         device: where the network runs.
         train_size: training examples; None for all.
@@ -79,6 +80,7 @@ class ExperimentConfig:
     ood: tuple[str, ...] = field(default=(), metadata={"help": "tasks to tell from the test items"})
     methods: tuple[str, ...] = field(default=("mle", "map", "blob", "laplace"), metadata={"help": "methods to compare"})
     adapter: str = field(default="LoRA()", metadata={"help": "declaration of the adapter, such as LoRA(rank=8)"})
+    schedule: str | None = field(default=None, metadata={"help": "which blocks are trained when; None for all"})
     dtype: str = field(default="auto", metadata={"help": "type of the frozen weights"})
     device: str = field(default="cpu", metadata={"help": "where the network runs"})
     train_size: int | None = field(default=None, metadata={"help": "training examples; all by default"})
@@ -123,7 +125,10 @@ class ExperimentConfig:
             raise ValueError(
                 f"Unknown method {name!r}. Did you mean {nearest(name, METHODS)!r}? Methods: {', '.join(METHODS)}."
             )
-        return METHODS[name].changed(self.settings.get(name, {}))
+        method = METHODS[name]
+        if self.schedule is not None and "schedule" in method.setting_names():
+            method = method.changed({"schedule": self.schedule})
+        return method.changed(self.settings.get(name, {}))
 
     def needed(self) -> dict[str, Method]:
         """The methods of the table, the pretrained model first, and those whose estimates they start from.

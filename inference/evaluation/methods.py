@@ -7,6 +7,7 @@ from typing import Any
 from pyrolora.guides.base import Family
 from pyrolora.inference.laplace import Laplace
 from pyrolora.inference.map import MAP
+from pyrolora.inference.schedules import SCHEDULES
 from pyrolora.inference.svi import SVI
 from pyrolora.models.declarations import declared
 from pyrolora.models.naming import nearest
@@ -90,6 +91,8 @@ class Method:
             number = isinstance(getattr(defaults, key, None), int | float)
             if number and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise ValueError(f"The setting {key!r} of {self.engine} is a number; got {value!r}.")
+        if isinstance(schedule := settings.get("schedule"), str):
+            settings["schedule"] = declared(schedule, SCHEDULES, "schedule")
         if self.guide is not None:
             guide = self.guide
             if not issubclass(ENGINES[self.engine], SVI):

@@ -7,11 +7,15 @@ from pyrolora.inference.laplace import Laplace, LaplacePosterior
 from pyrolora.inference.map import MAP
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.predictive import Predictive
+from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.svi import SVI
-from pyrolora.models.adapters import Adapter, LastLayer, LoRA
+from pyrolora.models.adapters import S2FT, Adapter, CorDA, FullRank, LastLayer, LoRA, PiSSA, QPiSSA
 from pyrolora.models.backbones import Backbone, load_backbone
-from pyrolora.models.priors import Flat, learned
+from pyrolora.models.covariance import Covariance
+from pyrolora.models.moments import SecondMoments, second_moments
+from pyrolora.models.priors import Flat, Relative, learned
 from pyrolora.models.program import BayesianModel
+from pyrolora.models.serving import Served, merged
 from pyrolora.models.sites import Site
 from pyrolora.models.tasks import task
 
@@ -19,29 +23,41 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MAP",
+    "S2FT",
     "SVI",
     "Adapter",
     "BLoB",
     "Backbone",
     "BayesianModel",
+    "BlockSchedule",
+    "CorDA",
+    "Covariance",
     "Engine",
     "Flat",
     "FullCovariance",
+    "FullRank",
     "Laplace",
     "LaplacePosterior",
     "LastLayer",
     "LoRA",
     "LowRank",
     "MeanField",
+    "PiSSA",
     "Point",
     "Posterior",
     "Predictive",
+    "QPiSSA",
+    "Relative",
     "Report",
+    "SecondMoments",
+    "Served",
     "Site",
     "StepStats",
     "build_guide",
     "evaluate",
     "learned",
     "load_backbone",
+    "merged",
+    "second_moments",
     "task",
 ]

@@ -40,6 +40,16 @@ DataDir = Annotated[str | None, typer.Option("--data-dir", help="Folder with the
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, or auto.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
+AdapterName = Annotated[
+    str | None,
+    typer.Option("--adapter", help="lora, pissa, corda, s2ft, full_rank, or a declaration: 'PiSSA(rank=16)'."),
+]
+Schedule = Annotated[
+    str | None,
+    typer.Option(
+        "--schedule", help="Train a few blocks at a time: block_schedule, or 'BlockSchedule(active=2, every=20)'."
+    ),
+]
 TrainSize = Annotated[int | None, typer.Option("--train-size", help="Training examples; all by default.")]
 
 
@@ -87,6 +97,8 @@ def compare_command(
     data_dir: DataDir = None,
     ood: Annotated[str | None, typer.Option("--ood", help="Foreign tasks, separated by commas.")] = None,
     methods: Annotated[str | None, typer.Option("--methods", help="Methods, separated by commas.")] = None,
+    adapter: AdapterName = None,
+    schedule: Schedule = None,
     train_size: TrainSize = None,
     seeds: Annotated[int | None, typer.Option("--seeds", help="Number of seeds.")] = None,
     draws: Annotated[int | None, typer.Option("--draws", help="Weight draws of a prediction.")] = None,
@@ -96,8 +108,8 @@ def compare_command(
 ) -> None:
     """Fit several methods, judge them on the same test items, and write a report. A rerun goes on where it stopped."""
     settings = _resolved(
-        config, changes, model=model, task=task, data_dir=data_dir, ood=ood, methods=methods, train_size=train_size,
-        seeds=seeds, draws=draws, dtype=dtype, device=device,
+        config, changes, model=model, task=task, data_dir=data_dir, ood=ood, methods=methods, adapter=adapter,
+        schedule=schedule, train_size=train_size, seeds=seeds, draws=draws, dtype=dtype, device=device,
     )  # fmt: skip
     report = compare(settings, out, progress=not quiet)
     typer.echo(report.to_markdown())
@@ -113,6 +125,8 @@ def fit_command(
     model: Model = None,
     task: TaskName = None,
     data_dir: DataDir = None,
+    adapter: AdapterName = None,
+    schedule: Schedule = None,
     train_size: TrainSize = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the training subset, start, order and draws.")] = 0,
     dtype: Dtype = None,
@@ -123,8 +137,8 @@ def fit_command(
     from pyrolora.inference.evaluation.experiment import fit_one
 
     settings = _resolved(
-        config, changes, model=model, task=task, data_dir=data_dir, methods=method, train_size=train_size, dtype=dtype,
-        device=device,
+        config, changes, model=model, task=task, data_dir=data_dir, methods=method, adapter=adapter, schedule=schedule,
+        train_size=train_size, dtype=dtype, device=device,
     )  # fmt: skip
     fit_one(settings, method, seed, out, progress=not quiet)
     typer.echo(f"Posterior written to {out}.")
