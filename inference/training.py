@@ -20,6 +20,7 @@ from pyrolora.guides.local import local_weight
 from pyrolora.inference import checkpoint
 from pyrolora.inference.elbo import AnalyticELBO
 from pyrolora.inference.engine import History, StepStats
+from pyrolora.inference.logit_gradients import require_linear
 from pyrolora.inference.noise import TOKEN_SCOPES, NoiseMessenger, TemperMessenger, TokenMessenger
 from pyrolora.inference.optimiser import GuideAdam
 from pyrolora.inference.posterior import Posterior
@@ -70,6 +71,7 @@ class TrainingRun:
         self.parameters: list[Tensor] = list(self.optimiser.parameters)
         self.noisy_sites = frozenset(name for name in self.guide.site_names if self._is_noisy(name))
         if engine.noise in TOKEN_SCOPES:
+            require_linear(model, self.noisy_sites)
             for name, factor in self.guide.items():
                 if name in self.noisy_sites:
                     # refuses a family without token noise before the first step

@@ -27,6 +27,8 @@ class Site:
         layers: number of the transformer block of each entry of the first dimension.
         support: constraint that a value satisfies.
         hyper: whether a prior samples it, rather than an adapter.
+        linear: whether every entry acts as the weight of one linear map and nothing else, which linearised predictions,
+            curvature and noise for each token need.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Site:
     layers: tuple[int, ...] = ()
     support: constraints.Constraint = field(default=constraints.real, compare=False)
     hyper: bool = False
+    linear: bool = True
 
     @property
     def numel(self) -> int:

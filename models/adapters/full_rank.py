@@ -79,7 +79,7 @@ class FullRank(Adapter):
             path = next(path for path, module in backbone.network.named_modules() if module is matrix)
             kind = path.rsplit(".", 1)[-1]
             shape = torch.Size((1, *matrix.weight.shape))
-            sites.append(Site(self._label(kind), shape, ("layer", "token", "feature"), (path,), (), (0,)))
+            sites.append(Site(self._label(kind), shape, ("layer", "token", "feature"), (path,), (), (0,), linear=False))
         return tuple(sites)
 
     def _label(self, kind: str) -> str:
