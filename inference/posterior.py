@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from pyrolora.guides.base import Guide
 from pyrolora.inference.linearised import Linearised, normal_sites
 from pyrolora.inference.links import LINKS, SHIFT_INVARIANT, softmax_draws
-from pyrolora.inference.predictive import Batch, Predictive, gather_rows
+from pyrolora.inference.predictive import Batch, Predictive, RowPrediction, gather_rows
 from pyrolora.models.naming import nearest
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import EncodedSplit, Split
@@ -54,6 +54,11 @@ class Posterior:
     def is_point(self) -> bool:
         """Whether all mass lies on one value, so that every draw is the same."""
         return not self.guide.parameters_by_role()["scale"]
+
+    @property
+    def logit_temperature(self) -> float:
+        """What the logits of every draw are divided by in prediction; 1 unless `temperature_scaled` set it."""
+        return float(self.record.get("logit_temperature", 1.0))
 
     def sample(self, draws: int, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Independent coherent draws of all sites; the same generator state gives the same draws.
@@ -114,18 +119,20 @@ class Posterior:
             encoded = self.model.encode(data)
             batches, labels = encoded.batches(batch_size), encoded.labels
             total = -(-len(encoded) // batch_size)
-        parts = []
+        parts: list[tuple[Tensor, RowPrediction]] = []
         predict_batch = self._predictor(kind, draws, generator)
         for batch in tqdm(batches, total=total, desc="predict", disable=not progress, leave=False):
-            parts.append((batch["index"].cpu(), predict_batch(batch).float().cpu()))
+            made = predict_batch(batch)
+            made = made if isinstance(made, RowPrediction) else RowPrediction(made)
+            parts.append((batch["index"], made.tempered(self.logit_temperature)))
         self.model.release()
         return gather_rows(parts, None if labels is None else labels.cpu(), kind)
 
     def _predictor(self, kind: str, draws: int, generator: torch.Generator | None) -> Any:
-        """A function from a batch to probabilities ``(draws, rows, classes)``, with its draws taken once."""
+        """A function from a batch to a `RowPrediction`, or to its probabilities alone, with its draws taken once."""
         if kind == "mean":
             mean = self.mean()
-            return lambda batch: self.model.logits(batch, mean).softmax(-1)
+            return lambda batch: RowPrediction.from_logits(self.model.logits(batch, mean))
         if kind in LINKS:
             linearised, link = Linearised(self.model, self.guide), LINKS[kind]
             return lambda batch: link(*linearised(batch, contrasts=link in SHIFT_INVARIANT))[None]
@@ -136,15 +143,15 @@ class Posterior:
             return lambda batch: softmax_draws(*linearised(batch, contrasts=True), torch.Generator().manual_seed(seed))
         sampled = self.sample(draws, generator=generator)
 
-        def predict_batch(batch: Batch) -> Tensor:
+        def predict_batch(batch: Batch) -> RowPrediction:
             if self.model.first_block > 0 and "trunk" not in batch:
                 batch = {**batch, "trunk": self.model.backbone.trunk(batch, self.model.first_block)}
             at_once = max(1, ROWS_AT_ONCE // batch["input_ids"].shape[0])
             chunks = []
             for first in range(0, draws, at_once):
                 some = {name: value[first : first + at_once] for name, value in sampled.items()}
-                chunks.append(self.model.logits(batch, some).softmax(-1))
-            return torch.cat(chunks)
+                chunks.append(self.model.logits(batch, some))
+            return RowPrediction.from_logits(torch.cat(chunks))
 
         return predict_batch
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +17,13 @@ class Predictive:
         kind: how they were made: ``"mc"`` (weight draws through the network), ``"mean"`` (the posterior mean), or
             ``"linearised"`` (Gaussian logits around the mean).
         labels: observed classes ``(rows,)``, or None.
+        energy: minus the log-sum-exp of the class logits, nats, ``(draws, rows)``; None for a kind that makes no logits.
     """
 
     probs: Tensor
     kind: str
     labels: Tensor | None = None
+    energy: Tensor | None = None
 
     @property
     def mean_probs(self) -> Tensor:
@@ -40,22 +43,42 @@ class Predictive:
         return self.probs.gather(-1, index)[..., 0].clamp_min(torch.finfo(self.probs.dtype).tiny).log()
 
 
-def gather_rows(parts: list[tuple[Tensor, Tensor]], labels: Tensor | None, kind: str) -> Predictive:
+class RowPrediction(NamedTuple):
+    """Probabilities ``(draws, rows, classes)`` of a batch, and its energies ``(draws, rows)`` where logits were made."""
+
+    probs: Tensor
+    energy: Tensor | None = None
+
+    @classmethod
+    def from_logits(cls, logits: Tensor) -> "RowPrediction":
+        """Softmax and free energy of class logits ``(draws, rows, classes)``."""
+        return cls(logits.softmax(-1), -logits.logsumexp(-1))
+
+    def tempered(self, temperature: float) -> "RowPrediction":
+        """Probabilities of the logits divided by a temperature, draw by draw; the energy stays that of the logits."""
+        if temperature == 1:
+            return self
+        # log-probabilities are logits up to a constant; a class that an example lacks keeps its zero
+        return RowPrediction((self.probs.log() / temperature).softmax(-1), self.energy)
+
+
+def gather_rows(parts: list[tuple[Tensor, RowPrediction]], labels: Tensor | None, kind: str) -> Predictive:
     """Put batches of probabilities back into the order of the data set.
 
     Args:
-        parts: pairs of (positions in the data set, probabilities).
+        parts: pairs of (positions in the data set, prediction).
         labels: labels in the order of the data set.
         kind: see `Predictive`.
 
     Shape:
         positions ``(rows,)``, probabilities ``(draws, rows, classes)``
     """
-    index = torch.cat([positions for positions, _ in parts])
-    probs = torch.cat([values for _, values in parts], dim=1)
-    ordered = torch.empty_like(probs)
-    ordered[:, index] = probs
-    return Predictive(ordered, kind, labels)
+    order = torch.cat([positions.cpu() for positions, _ in parts]).argsort()
+    probs = torch.cat([prediction.probs.float().cpu() for _, prediction in parts], dim=1)
+    energies = [prediction.energy for _, prediction in parts]
+    kept = [energy.float().cpu() for energy in energies if energy is not None]
+    energy = torch.cat(kept, dim=1)[:, order] if len(kept) == len(energies) else None
+    return Predictive(probs[:, order], kind, labels, energy)
 
 
 Batch = Mapping[str, Tensor]

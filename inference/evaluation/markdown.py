@@ -18,14 +18,14 @@ class Column:
     Attributes:
         name: key in the rows' metrics.
         title: heading.
-        higher_is_better: which end is the good one.
+        higher_is_better: which end is the good one; None where neither is.
         section: heading of the table that it stands in.
         interval_digits: decimals of the interval's ends.
     """
 
     name: str
     title: str
-    higher_is_better: bool
+    higher_is_better: bool | None
     section: str = "Test items"
     interval_digits: int = 2
 
@@ -92,10 +92,13 @@ def _cost_cells(summaries: Sequence[Summary]) -> list[list[str]]:
     ]
 
 
-def _with_best_bold(values: Sequence[float | None], higher_is_better: bool, text: Callable[[float], str]) -> list[str]:
+def _with_best_bold(
+    values: Sequence[float | None], higher_is_better: bool | None, text: Callable[[float], str]
+) -> list[str]:
     known = [value for value in values if value is not None]
-    # with a single method nothing is best
-    best = text(max(known) if higher_is_better else min(known)) if len(known) > 1 else None
+    # with a single method nothing is best, nor where all are alike
+    judged = higher_is_better is not None and len({text(value) for value in known}) > 1
+    best = text(max(known) if higher_is_better else min(known)) if judged else None
     shown = [MISSING if value is None else text(value) for value in values]
     return [f"**{cell}**" if cell == best else cell for cell in shown]
 
@@ -115,6 +118,9 @@ def _caption(summaries: Sequence[Summary], n_bins: int, resamples: int, level: f
     for name in dict.fromkeys(name for row in rows for name in row.ood_examples):
         foreign = (row.ood_examples[name] for row in rows if name in row.ood_examples)
         sizes.append(f"{_spread(foreign)} foreign items of {name}")
+    for name in dict.fromkeys(name for row in rows for name in row.shift_examples):
+        shifted = (row.shift_examples[name] for row in rows if name in row.shift_examples)
+        sizes.append(f"{_spread(shifted)} shifted items of {name}")
     bootstrap = f"{level:.0%} bootstrap over items ({resamples} resamples)"
     across = f"{level:.0%} t-interval across seeds (values are means over seeds)"
     if mixed:
