@@ -11,13 +11,10 @@ from tqdm.auto import tqdm
 from pyrolora.guides.base import Guide
 from pyrolora.inference.linearised import Linearised, normal_sites
 from pyrolora.inference.links import LINKS, SHIFT_INVARIANT, softmax_draws
-from pyrolora.inference.predictive import Batch, Predictive, RowPrediction, gather_rows
+from pyrolora.inference.predictive import Batch, Predictive, RowPrediction, gather_rows, logits_of_draws
 from pyrolora.models.naming import nearest
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import EncodedSplit, Split
-
-# rows times draws that go through the network at once
-ROWS_AT_ONCE = 256
 
 
 class Posterior:
@@ -143,17 +140,7 @@ class Posterior:
             return lambda batch: softmax_draws(*linearised(batch, contrasts=True), torch.Generator().manual_seed(seed))
         sampled = self.sample(draws, generator=generator)
 
-        def predict_batch(batch: Batch) -> RowPrediction:
-            if self.model.first_block > 0 and "trunk" not in batch:
-                batch = {**batch, "trunk": self.model.backbone.trunk(batch, self.model.first_block)}
-            at_once = max(1, ROWS_AT_ONCE // batch["input_ids"].shape[0])
-            chunks = []
-            for first in range(0, draws, at_once):
-                some = {name: value[first : first + at_once] for name, value in sampled.items()}
-                chunks.append(self.model.logits(batch, some))
-            return RowPrediction.from_logits(torch.cat(chunks))
-
-        return predict_batch
+        return lambda batch: RowPrediction.from_logits(logits_of_draws(self.model, batch, sampled, draws))
 
     def to_arviz(self, *args: Any, **kwargs: Any) -> Any:
         """An `xarray.DataTree` of draws, predictions and training curves; see `pyrolora.inference.arviz.to_datatree`."""

@@ -7,6 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyrolora.models.program import BayesianModel
+from pyrolora.models.tasks import EncodedSplit, Split
+
+Batch = Mapping[str, Tensor]
+
+# rows times draws that go through the network at once
+ROWS_AT_ONCE = 256
+
 
 @dataclass(frozen=True)
 class Predictive:
@@ -81,4 +89,48 @@ def gather_rows(parts: list[tuple[Tensor, RowPrediction]], labels: Tensor | None
     return Predictive(probs[:, order], kind, labels, energy)
 
 
-Batch = Mapping[str, Tensor]
+def logits_of_draws(model: BayesianModel, batch: Batch, draw: Mapping[str, Tensor], draws: int) -> Tensor:
+    """Class logits of a batch under every draw, as many draws at once as memory is meant to bear, the trunk run once.
+
+    Args:
+        model: the model.
+        batch: a batch of an encoded split.
+        draw: site name -> ``(draws, *site.shape)``.
+        draws: number of draws.
+
+    Shape:
+        ``(draws, rows, classes)``
+    """
+    if model.first_block > 0 and "trunk" not in batch:
+        batch = {**batch, "trunk": model.backbone.trunk(batch, model.first_block)}
+    at_once = max(1, ROWS_AT_ONCE // batch["input_ids"].shape[0])
+    chunks = []
+    for first in range(0, draws, at_once):
+        chunks.append(model.logits(batch, {name: value[first : first + at_once] for name, value in draw.items()}))
+    return torch.cat(chunks)
+
+
+@torch.no_grad()
+def log_likelihood(
+    model: BayesianModel, data: Split | EncodedSplit, draw: Mapping[str, Tensor], *, batch_size: int = 32
+) -> Tensor:
+    """Log probability of every label under every given draw: ``log_likelihood(model, task.train, posterior.sample(100))``.
+
+    Args:
+        model: the model.
+        data: labelled rows.
+        draw: site name -> ``(draws, *site.shape)``.
+        batch_size: rows at once, before draws are put on the batch axis.
+
+    Shape:
+        ``(draws, rows)`` float64 on the CPU, nats.
+    """
+    encoded = model.encode(data)
+    draws = next(iter(draw.values())).shape[0]
+    found = torch.empty(draws, len(encoded), dtype=torch.float64)
+    for batch in encoded.batches(batch_size, device=model.backbone.device):
+        log_probs = logits_of_draws(model, batch, draw, draws).double().log_softmax(-1)
+        labels = batch["labels"].expand(draws, -1)[..., None]
+        found[:, batch["index"].cpu()] = log_probs.gather(-1, labels)[..., 0].cpu()
+    model.release()
+    return found

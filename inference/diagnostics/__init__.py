@@ -1,0 +1,1 @@
+"""What a posterior can and cannot be trusted with."""
