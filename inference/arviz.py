@@ -9,8 +9,8 @@ import torch
 import xarray
 from torch import Tensor
 
-from pyrolora.inference.diagnostics.spectrum import change_spectra
 from pyrolora.inference.predictive import log_likelihood
+from pyrolora.inference.spectrum import change_spectra
 from pyrolora.models.naming import nearest
 from pyrolora.models.sites import Site
 from pyrolora.models.tasks import EncodedSplit, Split

@@ -4,7 +4,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyrolora.inference.diagnostics.spectrum import change_spectra, effective_rank, stable_rank
+from pyrolora.inference.spectrum import change_spectra, effective_rank, stable_rank
 from pyrolora.models.adapters import LastLayer, LoRA
 
 
