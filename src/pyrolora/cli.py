@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from pyrolora.inference.evaluation.experiment import ExperimentConfig, compare, read_config
+from pyrolora.inference.evaluation.configuration import ExperimentConfig, read_config
+from pyrolora.inference.evaluation.experiment import compare
 from pyrolora.inference.evaluation.harness import evaluate
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.storage import read_config as read_config_of
