@@ -60,8 +60,8 @@ class JudgedOn:
 class Cell:
     """One method under one seed, with the folder that its results live in.
 
-    The folder holds the posterior, ``predictions.safetensors`` (see `predictions`), ``layers.nc`` (see `layer_summary`), and last
-    ``report.json``: where that is, the cell is finished.
+    The folder holds the posterior, ``predictions.safetensors`` (see `predictions`), ``layers.nc`` (see `layer_summary`), and
+    last ``report.json``: where that is, the cell is finished.
 
     Attributes:
         config: the experiment.
@@ -109,7 +109,7 @@ class Cell:
         return Report.load(self.folder) if self.finished else None
 
     def predictions(self) -> dict[str, Tensor]:
-        """What was kept of every test item: ``mean_probs``, ``labels``, and ``aleatoric`` and ``epistemic`` uncertainty, nats."""
+        """What was kept of every test item: ``mean_probs``, ``labels``, and ``aleatoric`` and ``epistemic`` entropy, nats."""
         return load_file(self.folder / PREDICTIONS)
 
     def compute(

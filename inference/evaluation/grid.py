@@ -128,8 +128,8 @@ def run_grid(grid: Grid, out: str | Path, *, progress: bool = True) -> dict[str,
 
     ``run_grid(Grid.from_dict(read_config("grid.yaml")), "runs/grid")``
 
-    A run that was killed goes on where it stopped, and any number of processes may share a folder: each cell is claimed by one
-    of them. A cell that fails does not keep the others from being computed.
+    A run that was killed goes on where it stopped, and any number of processes may share a folder: each cell is claimed by
+    one of them. A cell that fails does not keep the others from being computed.
 
     Args:
         grid: the experiments.
