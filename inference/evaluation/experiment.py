@@ -36,6 +36,10 @@ GROWING = ("methods", "seeds", "settings")
 POLL_SECONDS = 0.5
 
 
+class UnfinishedCellsError(RuntimeError):
+    """Some cells failed; the others are finished, and a rerun tries the failed ones again."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """What all cells of one experiment share."""
@@ -164,7 +168,7 @@ def finish_cells(
         merged.save(out)
     if failures:
         listed = "; ".join(f"{name}: {error}" for name, error in failures.items())
-        raise RuntimeError(f"{len(failures)} of {len(cells)} cells failed and the rest is finished. {listed}")
+        raise UnfinishedCellsError(f"{len(failures)} of {len(cells)} cells failed and the rest is finished. {listed}")
     return merged
 
 

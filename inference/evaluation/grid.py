@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pyrolora.inference.evaluation.configuration import ExperimentConfig
-from pyrolora.inference.evaluation.experiment import finish_cells, prepare
+from pyrolora.inference.evaluation.experiment import UnfinishedCellsError, finish_cells, prepare
 from pyrolora.inference.evaluation.report import Report
 from pyrolora.models.naming import nearest
 
@@ -120,7 +120,7 @@ class Grid:
 
 def folder_name(declaration: str) -> str:
     """A declaration as a file system likes it: ``folder_name("LoRA(rank=8)")  # 'LoRA-rank-8'``."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", declaration).strip("-")
+    return re.sub(r"[^A-Za-z0-9._]+", "-", declaration).strip("-")
 
 
 def run_grid(grid: Grid, out: str | Path, *, progress: bool = True) -> dict[str, Report]:
@@ -141,7 +141,7 @@ def run_grid(grid: Grid, out: str | Path, *, progress: bool = True) -> dict[str,
 
     Raises:
         ValueError: an experiment that does not fit, before anything of it is written.
-        RuntimeError: cells failed; the rest is finished, and a rerun tries them again.
+        UnfinishedCellsError: cells failed; the rest is finished, and a rerun tries them again.
     """
     out = Path(out)
     experiments = grid.experiments()
@@ -156,10 +156,10 @@ def run_grid(grid: Grid, out: str | Path, *, progress: bool = True) -> dict[str,
         backbone, loaded = prepared.backbone, key
         try:
             reports[folder] = finish_cells(config, out / folder, prepared, progress=progress, keep_going=True)
-        except RuntimeError as error:
+        except UnfinishedCellsError as error:
             failures.append(f"{folder}: {error}")
     if failures:
-        raise RuntimeError(" ".join(failures))
+        raise UnfinishedCellsError(" ".join(failures))
     return reports
 
 

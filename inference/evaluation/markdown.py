@@ -56,8 +56,8 @@ def render_markdown(
         body = [_metric_cells(column, summaries) for column in columns if column.section == section]
         parts.append(f"### {section}\n\n" + _table([["Method", *names], *body]))
     parts.append("### Cost\n\n" + _table([["Method", *names], *_cost_cells(summaries)]))
-    parts.append(_caption(summaries, n_bins, resamples, level, mixed))
-    notes = _undefined_notes(summaries, columns)
+    parts.append(textwrap.fill(caption(summaries, n_bins, resamples, level), CAPTION_WIDTH, break_on_hyphens=False))
+    notes = undefined_notes(summaries, columns)
     if notes:
         parts.append("\n".join(f"- {note}" for note in notes))
     return "\n\n".join(parts) + "\n"
@@ -112,7 +112,15 @@ def _table(columns: list[list[str]]) -> str:
     return "\n".join([lines[0], "| " + " | ".join("-" * width for width in widths) + " |", *lines[1:]])
 
 
-def _caption(summaries: Sequence[Summary], n_bins: int, resamples: int, level: float, mixed: bool) -> str:
+def cost_rows(summaries: Sequence[Summary]) -> list[list[str]]:
+    """The cost table as rows of text, headings first: ``cost_rows(report.summaries())``."""
+    columns = [["Method", *(summary.method for summary in summaries)], *_cost_cells(summaries)]
+    return [[cell.replace("**", "") for cell in row] for row in zip(*columns, strict=True)]
+
+
+def caption(summaries: Sequence[Summary], n_bins: int, resamples: int, level: float) -> str:
+    """What the numbers of a table are: sizes, draws, seeds and intervals; arguments as `render_markdown`."""
+    mixed = len({summary.across_seeds for summary in summaries}) > 1
     rows = [row for summary in summaries for row in summary.rows]
     sizes = [f"{_spread(row.examples for row in rows)} test items"]
     for name in dict.fromkeys(name for row in rows for name in row.ood_examples):
@@ -128,14 +136,14 @@ def _caption(summaries: Sequence[Summary], n_bins: int, resamples: int, level: f
     else:
         intervals = across if any(summary.across_seeds for summary in summaries) else bootstrap
     seeds = sorted({row.seed for row in rows})
-    caption = (
+    text = (
         f"{', '.join(sizes)}; {_draws(summaries)}; calibration errors with {n_bins} bins, L1, top label; "
         f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}. Intervals: {intervals}. "
         "Bold: best of the column."
     )
     if any(not summary.across_seeds for summary in summaries):
-        caption += " Resampling biases a calibration error upwards: its interval sits high and may miss the value."
-    return textwrap.fill(caption, CAPTION_WIDTH, break_on_hyphens=False)
+        text += " Resampling biases a calibration error upwards: its interval sits high and may miss the value."
+    return text
 
 
 def _draws(summaries: Sequence[Summary]) -> str:
@@ -150,7 +158,8 @@ def _draws(summaries: Sequence[Summary]) -> str:
     return ", ".join(f"{how} for {', '.join(names)}" for how, names in methods.items())
 
 
-def _undefined_notes(summaries: Sequence[Summary], columns: Sequence[Column]) -> list[str]:
+def undefined_notes(summaries: Sequence[Summary], columns: Sequence[Column]) -> list[str]:
+    """Why some values are undefined, one sentence for each column and reason; arguments as `render_markdown`."""
     methods: dict[tuple[str, str], list[str]] = {}
     for column in columns:
         for summary in summaries:
