@@ -178,7 +178,10 @@ def _task(config: ExperimentConfig, seed: int = 0) -> Task:
 
 def _shifted(name: str, config: ExperimentConfig, data: Task) -> Split:
     """Test items of a sibling task, which lies in the same folder if it lies in one."""
-    other = task(name, data_dir=config.data_dir)
+    try:
+        other = task(name, data_dir=config.data_dir)
+    except FileNotFoundError:  # it may come from a package or the hub
+        other = task(name)
     if other.labels != data.labels:
         raise ValueError(
             f"The task {name!r} has the classes {', '.join(other.labels)}, expected {', '.join(data.labels)} as in "

@@ -186,8 +186,8 @@ def _comparison_caption(page: ExperimentPage) -> str:
     permutations = next(iter(page.comparisons[0].tests.values())).permutations
     return (
         f"Difference to {page.reference} on the same items, mean over {' or '.join(map(str, seeds))} seed(s), with the "
-        f"p-value of a paired permutation test over items ({permutations} swaps). It speaks of other test items, not of other "
-        "fits, and is not corrected for the number of comparisons."
+        f"p-value of a paired permutation test over items ({permutations} swaps). It speaks of other test items, not of "
+        "other fits, and is not corrected for the number of comparisons."
     )
 
 

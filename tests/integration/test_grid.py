@@ -211,7 +211,7 @@ class TestMethods:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"taskz": ["a"]}, "Unknown setting 'taskz'. Did you mean 'tasks'"),
+            ({"taskz": ["a"]}, "Unknown setting 'taskz'. Did you mean 'task'"),
             ({"tasks": []}, "No task to run"),
             ({"task": "uci_sentiment"}, "Both task and tasks"),
             ({"methods": []}, "No method to run"),
