@@ -3,6 +3,7 @@
 from pyrolora.inference.diagnostics.cross_validation import LeaveOneOut, compare_loo, loo
 from pyrolora.inference.diagnostics.importance import ParetoDiagnosis, pareto_smooth, posterior_khat
 from pyrolora.inference.diagnostics.layers import layer_summary
+from pyrolora.inference.diagnostics.plots import rank_diagram
 from pyrolora.inference.diagnostics.predictive_checks import PredictiveCheck, posterior_predictive_check
 from pyrolora.inference.diagnostics.simulation import (
     SimulationBasedCalibration,
@@ -26,6 +27,7 @@ __all__ = [
     "pareto_smooth",
     "posterior_khat",
     "posterior_predictive_check",
+    "rank_diagram",
     "simulation_based_calibration",
     "stable_rank",
 ]

@@ -21,7 +21,8 @@ def layer_summary(posterior: "Posterior") -> xarray.Dataset:
     Variables with dims ``site`` and ``layer`` (a layer that a site lacks holds NaN; a site without layers has the layer -1):
 
     - ``prior_sd``, ``posterior_sd``: root mean variance of a weight; the prior's is NaN where it is improper or a callable
-    - ``shrinkage``: ``1 - posterior variance / prior variance``, 0 where the data said nothing, 1 where they said all
+    - ``shrinkage``: ``1 - posterior variance / prior variance``, 0 where the data said nothing, 1 where they said all; NaN
+      for points, whose lack of width says nothing about the data
     - ``signal_to_noise``: root mean square of the mean over the posterior's standard deviation; NaN for points
 
     Variables with dims ``projection`` and ``layer``, of the change at the posterior mean: ``change_norm``,
@@ -38,15 +39,15 @@ def layer_summary(posterior: "Posterior") -> xarray.Dataset:
         site = posterior.model.sites[name]
         variance = (factor.second_moment() - mean[name].square()).clamp_min(0)
         prior = _prior_variance(posterior, site)
-        has_width = "scale" in factor.roles.values()
+        width = _by_layer(variance, site)
         of_layers = {
-            "posterior_sd": _by_layer(variance, site).sqrt(),
+            "posterior_sd": width.sqrt(),
             "prior_sd": _by_layer(prior, site).sqrt(),
-            "shrinkage": 1 - _by_layer(variance, site) / _by_layer(prior, site),
-            "signal_to_noise": (_by_layer(mean[name].square(), site) / _by_layer(variance, site)).sqrt()
-            if has_width
-            else torch.full((len(site.layers) or 1,), torch.nan),
+            "shrinkage": 1 - width / _by_layer(prior, site),
+            "signal_to_noise": (_by_layer(mean[name].square(), site) / width).sqrt(),
         }
+        if "scale" not in factor.roles.values():
+            of_layers |= {key: torch.full_like(width, torch.nan) for key in ("shrinkage", "signal_to_noise")}
         layers = list(site.layers) or [-1]
         datasets.append(
             _dataset({key: values.cpu().numpy() for key, values in of_layers.items()}, "site", name, layers)

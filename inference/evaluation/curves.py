@@ -53,7 +53,7 @@ def risk_coverage_diagram(curves: Mapping[str, RiskCoverage], *, risk: float = B
             linestyle=STYLES[index // len(COLOURS) % len(STYLES)],
         )
     axes.axhline(risk, color=LABEL_COLOUR, linewidth=0.9, linestyle="--")
-    axes.text(0.005, risk, f"{risk:.0%} risk", fontsize=8, va="bottom", color=LABEL_COLOUR)
+    axes.text(0.995, risk, f"{risk:.0%} risk", fontsize=8, va="bottom", ha="right", color=LABEL_COLOUR)
     highest = max(float(curve.risk.max()) for curve in curves.values())
     axes.set(xlim=(0, 1), ylim=(0, max(1.1 * highest, 1.5 * risk)))
     axes.set_xlabel("coverage: share of items answered, most confident first", fontsize=9)
@@ -88,18 +88,19 @@ def layer_maps(summaries: Mapping[str, xarray.Dataset]) -> tuple[Figure, NDArray
         figsize=(2.9 * len(shown) + 0.07 * tallest, 0.3 * sum(rows) + 0.85 * len(rows) + 0.3), layout="constrained"
     )
     grid = figure.subplots(len(found), len(shown), squeeze=False, gridspec_kw={"height_ratios": rows})
-    for key, column in zip(shown, grid.T, strict=True):
+    for place, (key, column) in enumerate(zip(shown, grid.T, strict=True)):
+        titled = next(name for name, maps in found.items() if key in maps)
         peak = max((float(np.nanmax(maps[key].values)) for maps in found.values() if key in maps), default=1.0)
         for (name, maps), axes in zip(found.items(), column, strict=True):
             if key not in maps:
                 axes.set_axis_off()
                 continue
             _draw_map(figure, axes, maps[key], peak)
-            if axes.get_subplotspec().is_first_row():
+            if name == titled:
                 axes.set_title(MAPS[key], fontsize=8.5, loc="left")
-            if axes.get_subplotspec().is_last_row():
+            if name == list(found)[-1]:
                 axes.set_xlabel("block", fontsize=8)
-            if column is grid.T[0]:
+            if place == 0:
                 axes.set_ylabel(name, fontsize=9, weight="bold")
     return figure, grid
 

@@ -76,7 +76,7 @@ def to_markdown(pages: Sequence[ExperimentPage]) -> str:
             continue
         parts.append(page.report.to_markdown())
         if page.comparisons:
-            rows = [["Method", *COMPARED], *_comparison_rows(page)]
+            rows = [["Method", *_compared_titles(page)], *_comparison_rows(page)]
             lines = ["| " + " | ".join(row) + " |" for row in rows]
             lines.insert(1, "|" + " --- |" * len(rows[0]))
             parts.append(f"### Against {page.reference}\n\n" + "\n".join(lines) + f"\n\n{_comparison_caption(page)}")
@@ -104,7 +104,7 @@ def to_latex(pages: Sequence[ExperimentPage]) -> str:
             caption = f"{_latex(page.name)}: {_latex(section)}. {_latex(_settings_text(page))}"
             parts.append(_latex_table(rows, caption))
         if page.comparisons:
-            rows = [["", *map(_latex, COMPARED)]]
+            rows = [["", *map(_latex, _compared_titles(page))]]
             rows += [[_latex(entry) for entry in row] for row in _comparison_rows(page)]
             parts.append(_latex_table(rows, f"{_latex(page.name)}: {_latex(_comparison_caption(page))}"))
     return "\n\n".join(parts) + "\n"
@@ -165,7 +165,7 @@ def _html_page(page: ExperimentPage) -> dict[str, Any]:
     if page.comparisons:
         shown["comparison"] = {
             "reference": page.reference,
-            "heads": COMPARED,
+            "heads": _compared_titles(page),
             "rows": _comparison_rows(page),
             "caption": _comparison_caption(page),
         }
@@ -175,6 +175,11 @@ def _html_page(page: ExperimentPage) -> dict[str, Any]:
 def _settings_text(page: ExperimentPage) -> str:
     settings = {key: value for key, value in page.settings.items() if value is not None}
     return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items()) + "."
+
+
+def _compared_titles(page: ExperimentPage) -> list[str]:
+    titles = {column.name: column.title for column in page.finished.columns}
+    return [titles[metric] for metric in COMPARED]
 
 
 def _comparison_rows(page: ExperimentPage) -> list[list[str]]:
