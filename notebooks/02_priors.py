@@ -140,6 +140,6 @@ print(f"largest over smallest rank of q_proj: {spread:.2f}")
 # %% [markdown]
 # ## Answer
 #
-# A prior on adapter weights is a belief about answers with a cliff in it: under it the adapter does nothing, over it
-# every draw is a confident stranger. Look at it before fitting. The scale can be learned: a few hundred headlines pull
-# it off its prior, while the ranks stay nearly alike: nothing in the data tells one rank of a product from another.
+# A prior on adapter weights is a belief about answers with a cliff in it: under it every adapter is the pretrained model,
+# over it the adapters contradict each other. Look at it before fitting. A scale can be learned from the data; the boxes
+# say how sure the posterior is of each rank's, and a second seed says whether that is the data's doing or the start's.

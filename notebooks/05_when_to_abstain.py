@@ -154,7 +154,7 @@ for name, posterior in posteriors.items():
 # %% [markdown]
 # ## Answer
 #
-# Abstain by the entropy of the averaged prediction: it ranks errors, and temperature scaling cannot change that ranking
-# for a point estimate with two classes and hardly does with three. The split into two kinds of uncertainty says *why*:
-# uncertainty about a tweet that people disagree about will not go away with more data, disagreement between adapters
-# will.
+# Abstain by the uncertainty of the averaged prediction; the curves say how many questions that costs. Temperature scaling
+# changes how sure a point estimate says it is and hardly the order in which it would abstain. The split into two kinds says
+# *why*: uncertainty about a tweet that people disagree about will not go away with more data, disagreement between
+# adapters will.

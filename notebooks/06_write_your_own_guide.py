@@ -132,6 +132,5 @@ again.to_arviz(sites=[], summaries=True, draws=20)["posterior"]
 # %% [markdown]
 # ## Answer
 #
-# Write a `Factor` with parameters, a distribution and two moments, and a `Family` that makes one for a site. Thirty
-# lines gave a posterior with a thousandth of the widths of a mean field; whether it predicts as well is what the table
-# above says.
+# Write a `Factor` with parameters, a distribution and two moments, and a `Family` that makes one for a site. Thirty lines
+# gave a posterior with a five-hundredth of the widths of a mean field; whether it predicts as well is what the table says.
