@@ -47,7 +47,16 @@ model.print_sites()
 batch = model.encode(task.train).batch(list(range(TRAIN)))
 with torch.no_grad():
     features = backbone.features(batch)
-backbone.features = lambda batch, **_: features[batch["index"]]
+
+
+def rows_of(batch):
+    """Each row's tokens without padding, by which its features are found again."""
+    pairs = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+    return [tuple(ids[mask].tolist()) for ids, mask in pairs]
+
+
+known = dict(zip(rows_of(batch), features, strict=True))
+backbone.features = lambda batch, **_: torch.stack([known[row] for row in rows_of(batch)])
 
 # %% [markdown]
 # ## The truth, and three approximations of it

@@ -247,7 +247,7 @@ class _Recorder:
 
 
 def _has_votes(split: Split) -> bool:
-    return all(VOTES in example.attributes for example in split)
+    return any(VOTES in example.attributes for example in split)
 
 
 def _write_whole(path: Path, write: Any) -> None:

@@ -1,5 +1,7 @@
 """Whether a model is unsure where people are: rank correlation of its aleatoric uncertainty with human disagreement."""
 
+import math
+
 import torch
 from scipy import stats
 from torch import Tensor
@@ -13,24 +15,28 @@ def human_disagreement(split: Split, attribute: str = "agreement") -> Tensor:
     """One minus the share of annotators who agreed on each example's label: ``human_disagreement(task.test)``.
 
     Args:
-        split: examples that carry the attribute.
+        split: examples of which at least one carries the attribute.
         attribute: its name.
 
     Shape:
-        ``(examples,)`` float64 in 0..1
+        ``(examples,)`` float64 in 0..1, NaN for an example whose votes were not kept.
 
     Raises:
-        ValueError: an example without the attribute; the nearest name is offered.
+        ValueError: no example with the attribute; the nearest name is offered.
     """
-    for example in split:
-        if attribute not in example.attributes:
-            known = ", ".join(example.attributes) or "none"
-            near = nearest(attribute, example.attributes) if example.attributes else None
-            raise ValueError(
-                f"{split.task} {split.name}: example {example.id!r} has no attribute {attribute!r}; it has {known}."
-                + (f" Did you mean {near!r}?" if near else " Use a task such as crowd_tweets, which keeps its votes.")
-            )
-    return 1 - torch.tensor([example.attributes[attribute] for example in split], dtype=torch.float64)
+    known = sorted({name for example in split for name in example.attributes})
+    if attribute not in known:
+        near = (
+            f"Did you mean {nearest(attribute, known)!r}?"
+            if known
+            else "Use a task that keeps its votes, crowd_tweets."
+        )
+        raise ValueError(
+            f"{split.task} {split.name}: no example has the attribute {attribute!r}; they have {', '.join(known) or 'none'}. "
+            f"{near}"
+        )
+    agreed = [example.attributes.get(attribute, math.nan) for example in split]
+    return 1 - torch.tensor(agreed, dtype=torch.float64)
 
 
 def rank_correlation(
@@ -42,7 +48,7 @@ def rank_correlation(
 
     Args:
         uncertainty: of the model, such as `Uncertainty.aleatoric`, nats.
-        disagreement: of people, such as `human_disagreement`.
+        disagreement: of people, such as `human_disagreement`; examples where it is NaN, for want of votes, are left out.
         resamples: number of resamples.
         level: probability that the interval is to cover.
         seed: of the resampling.
@@ -54,7 +60,7 @@ def rank_correlation(
         The correlation, -1 to 1; undefined, with a note, where either is the same for all examples.
 
     Raises:
-        ValueError: lengths that differ, or a value that is not finite.
+        ValueError: lengths that differ, or an uncertainty that is not finite.
     """
     uncertainty, disagreement = uncertainty.detach().cpu().double(), disagreement.detach().cpu().double()
     if uncertainty.ndim != 1 or uncertainty.shape != disagreement.shape:
@@ -62,10 +68,12 @@ def rank_correlation(
             f"disagreement: got shape {tuple(disagreement.shape)} for uncertainties of shape {tuple(uncertainty.shape)}, "
             "expected one number of each for every example, in the same order."
         )
+    if not uncertainty.isfinite().all():
+        row = int((~uncertainty.isfinite()).nonzero()[0])
+        raise ValueError(f"uncertainty: row {row} is {float(uncertainty[row])}, expected a finite number.")
+    voted = ~disagreement.isnan()
+    uncertainty, disagreement = uncertainty[voted], disagreement[voted]
     for name, values in (("uncertainty", uncertainty), ("disagreement", disagreement)):
-        if not values.isfinite().all():
-            row = int((~values.isfinite()).nonzero()[0])
-            raise ValueError(f"{name}: row {row} is {float(values[row])}, expected a finite number.")
         if len(values) < 2 or bool((values == values[0]).all()):
             return Interval.undefined(f"undefined because the {name} is the same for all examples")
     generator = torch.Generator().manual_seed(seed)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -167,5 +168,17 @@ def test_correlation_says_when_there_is_none():
         rank_correlation(varied, varied[:4])
     with pytest.raises(ValueError, match="row 2 is nan"):
         rank_correlation(torch.where(varied == 2, math.nan, varied), varied)
-    with pytest.raises(ValueError, match=r"no attribute 'agreemnt'; it has agreement. Did you mean 'agreement'"):
+    with pytest.raises(ValueError, match=r"no example has the attribute 'agreemnt'; they have agreement. Did you mean"):
         human_disagreement(tweets([1.0]), "agreemnt")
+
+
+def test_examples_without_votes_are_left_out():
+    split = tweets([1.0, 0.5, 0.75, 0.6])
+    silent = replace(split.examples[1], attributes={})
+    split = replace(split, examples=(split.examples[0], silent, *split.examples[2:]))
+    disagreement = human_disagreement(split)
+    assert disagreement.isnan().tolist() == [False, True, False, False]
+    model = torch.tensor([0.1, 9.0, 0.2, 0.3])
+    assert rank_correlation(model, disagreement).value == 1
+    with pytest.raises(ValueError, match=r"they have none\. Use a task that keeps its votes"):
+        human_disagreement(replace(split, examples=(silent,)))
