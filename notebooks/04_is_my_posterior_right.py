@@ -89,7 +89,7 @@ def spread(posterior):
     return draws.std(0).flatten().numpy()
 
 
-figure, axes = plt.subplots(2, 3, figsize=(10, 6), constrained_layout=True, sharex="row", sharey="row")
+figure, axes = plt.subplots(2, 3, figsize=(10, 6), constrained_layout=True)
 for column, (name, posterior) in zip(axes.T, fits.items(), strict=True):
     pairs = (
         (truth.mean(0).flatten().numpy(), posterior.mean()["head.weight"].flatten().numpy(), "mean"),
