@@ -154,19 +154,26 @@ class Guide(PyroModule):
         return {name: factor.mean().detach() for name, factor in self.items()}
 
     @torch.no_grad()
-    def sample(self, draws: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Independent coherent draws of all sites, the same ones under the same generator state.
+    def sample(
+        self, draws: int, generator: torch.Generator | None = None, sampler: str = "independent"
+    ) -> dict[str, Tensor]:
+        """Coherent draws of all sites, the same ones under the same generator state.
 
         Args:
             draws: how many.
             generator: a CPU generator that seeds them; None draws from torch's global state.
+            sampler: ``"independent"``, ``"antithetic"`` or ``"stratified"``; see `pyrolora.guides.samplers.draws_of`.
 
         Shape:
             site name -> ``(draws, *site.shape)``
         """
+        # the samplers know the distributions of the families, which are built on this module
+        from pyrolora.guides.samplers import draws_of, require_sampler
+
+        require_sampler(sampler)
         with SeededBy(generator, self._devices()):
             # a view of a point's parameter asks for gradients even when it is made without them
-            return {name: factor.distribution().sample((draws,)).detach() for name, factor in self.items()}
+            return {name: draws_of(factor.distribution(), draws, sampler).detach() for name, factor in self.items()}
 
     @torch.no_grad()
     def log_prob(self, draw: Mapping[str, Tensor]) -> Tensor:

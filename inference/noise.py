@@ -1,4 +1,4 @@
-"""Noise scopes as an effect handler: one draw for a mini-batch, or an independent draw for every example."""
+"""Noise scopes as effect handlers: one draw for a mini-batch, one for every example, or one for every token."""
 
 from typing import Any, ClassVar
 
@@ -9,7 +9,11 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import kl_divergence, register_kl
 
-SCOPES = ("weight", "example")
+from pyrolora.guides.local import local_weight
+
+# of a draw: the batch, an example, a token by local reparameterisation, a token by Flipout
+SCOPES = ("weight", "example", "token", "flipout")
+TOKEN_SCOPES = ("token", "flipout")
 
 
 class Copies(TorchDistribution):
@@ -89,6 +93,67 @@ class NoiseMessenger(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.sites and not isinstance(msg["fn"], Copies):
             msg["fn"] = Copies(msg["fn"], self.copies)
+
+
+class Tokenwise(TorchDistribution):
+    """A distribution of weights whose "draw" is noise for every token, with the KL of the weights' distribution.
+
+    Args:
+        base: the distribution.
+        method: ``"token"`` or ``"flipout"``.
+    """
+
+    arg_constraints: ClassVar = {}
+    has_rsample = True
+
+    def __init__(self, base: TorchDistribution, method: str) -> None:
+        self.base, self.method = base, method
+        super().__init__(base.batch_shape, base.event_shape, validate_args=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What stands for a draw, a `LocalWeight`."""
+        return local_weight(self.base, self.method)
+
+    def log_prob(self, value: Any) -> Tensor:
+        """There is no density, since no weights are drawn.
+
+        Raises:
+            ValueError: always; the KL between posterior and prior must have a closed form.
+        """
+        raise ValueError(
+            "Noise for each token draws no weights, so a prior without a closed-form KL cannot be scored. Use a Normal "
+            "prior, or noise='example'."
+        )
+
+
+@register_kl(Tokenwise, Tokenwise)
+def _kl_of_tokenwise(q: Tokenwise, p: Tokenwise) -> Tensor:
+    return kl_divergence(q.base, p.base)
+
+
+class TokenMessenger(Messenger):
+    """Gives the named sites noise of its own for every token; put it around model *and* guide.
+
+    This is no draw from the posterior over weights: every token of a sequence meets other weights. What is maximised is
+    ``E[log p(y | noisy activations)] - KL``, and a prediction made so is not the posterior predictive.
+
+    Usage::
+
+        scope = TokenMessenger(frozenset({"q_proj.lora_A"}), "token")
+        AnalyticELBO().loss_and_grads(scope(model), scope(guide), batch)
+
+    Args:
+        sites: names of the sites; the others keep one draw.
+        method: ``"token"``, local reparameterisation, or ``"flipout"``.
+    """
+
+    def __init__(self, sites: frozenset[str], method: str) -> None:
+        super().__init__()
+        self.sites, self.method = sites, method
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.sites and not isinstance(msg["fn"], Tokenwise):
+            msg["fn"] = Tokenwise(msg["fn"], self.method)
 
 
 class TemperMessenger(Messenger):

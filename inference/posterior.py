@@ -1,6 +1,6 @@
 """The posterior that every engine returns."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,25 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyrolora.guides.base import Guide
+from pyrolora.guides.samplers import require_sampler
 from pyrolora.inference.linearised import Linearised, normal_sites
 from pyrolora.inference.links import LINKS, SHIFT_INVARIANT, softmax_draws
-from pyrolora.inference.predictive import Batch, Predictive, RowPrediction, gather_rows, logits_of_draws
+from pyrolora.inference.noise import TOKEN_SCOPES
+from pyrolora.inference.predictive import (
+    DRAWS_A_ROUND,
+    Batch,
+    Predictive,
+    RowPrediction,
+    gather_rows,
+    join_draws,
+    logits_of_draws,
+    monte_carlo_error,
+)
+from pyrolora.inference.token_noise import TokenNoise, token_methods
 from pyrolora.models.naming import nearest
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import EncodedSplit, Split
+from pyrolora.models.trunk import TrunkCache
 
 
 class Posterior:
@@ -39,8 +52,9 @@ class Posterior:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Kinds of prediction: ``"mc"``, ``"mean"``, and linearised ones where every random site is Normal."""
-        return ("mc", "mean", *(("linearised", *LINKS) if normal_sites(self.guide, self.model) else ()))
+        """Kinds of prediction: ``"mc"``, ``"mean"``; linearised and token noise where every random site allows them."""
+        linearised = ("linearised", *LINKS) if normal_sites(self.guide, self.model) else ()
+        return ("mc", "mean", *linearised, *token_methods(self.guide, self.model))
 
     @property
     def default_kind(self) -> str:
@@ -57,13 +71,21 @@ class Posterior:
         """What the logits of every draw are divided by in prediction; 1 unless `temperature_scaled` set it."""
         return float(self.record.get("logit_temperature", 1.0))
 
-    def sample(self, draws: int, *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Independent coherent draws of all sites; the same generator state gives the same draws.
+    def sample(
+        self, draws: int, *, generator: torch.Generator | None = None, sampler: str = "independent"
+    ) -> dict[str, Tensor]:
+        """Coherent draws of all sites; the same generator state gives the same draws.
+
+        Args:
+            draws: how many.
+            generator: seeds them.
+            sampler: ``"independent"``, ``"antithetic"`` (mirrored pairs) or ``"stratified"`` (a Latin hypercube), see
+                `pyrolora.guides.samplers.draws_of`.
 
         Shape:
             site name -> ``(draws, *site.shape)``
         """
-        return self.guide.sample(draws, generator)
+        return self.guide.sample(draws, generator, sampler)
 
     def log_prob(self, draw: Mapping[str, Tensor]) -> Tensor:
         """Log posterior density of draws in nats, ``(draws,)``; a site that is a point adds 0 there, else minus infinity."""
@@ -81,6 +103,8 @@ class Posterior:
         draws: int = 10,
         kind: str | None = None,
         generator: torch.Generator | None = None,
+        sampler: str = "independent",
+        tolerance: float | None = None,
         batch_size: int = 32,
         progress: bool = False,
     ) -> Predictive:
@@ -88,17 +112,23 @@ class Posterior:
 
         Args:
             data: a batch, or a split (length-bucketed internally).
-            draws: number of weight draws; every row sees the same draws, so rows are jointly coherent.
+            draws: number of weight draws; every row sees the same draws, so rows are jointly coherent. With ``tolerance``
+                the most that are taken.
             kind: ``"mc"``, weight draws through the network; ``"mean"``, the posterior mean; ``"linearised"``, quasi-random
                 draws of the logits of the network linearised at the mean (`LOGIT_DRAWS` of them whatever ``draws``);
-                ``"linearised_mf1"``, ``"linearised_probit"`` and ``"linearised_bridge"``, the same in closed form. The
-                default is the posterior's own.
+                ``"linearised_mf1"``, ``"linearised_probit"`` and ``"linearised_bridge"``, the same in closed form;
+                ``"token"`` and ``"flipout"``, noise for every token as released BLoB code has it, which is not the posterior
+                predictive. The default is the posterior's own.
             generator: seeds the draws.
+            sampler: how the draws of ``kind="mc"`` are spread, see `sample`.
+            tolerance: stop drawing when the Monte-Carlo standard error of the mean probabilities, averaged over rows and
+                classes, falls below this; None takes all draws. For ``kind="mc"``.
             batch_size: rows at once, before draws are put on the batch axis.
             progress: show a bar.
 
         Raises:
-            ValueError: an unknown kind (the nearest is offered), or fewer than one draw.
+            ValueError: an unknown kind or sampler (the nearest is offered), fewer than one draw, or a tolerance that is not
+                positive or given where no weights are drawn.
         """
         kind = self.default_kind if kind is None else kind
         if kind not in self.kinds:
@@ -108,24 +138,37 @@ class Posterior:
             )
         if draws < 1:
             raise ValueError(f"A prediction needs at least one draw; got {draws}. A usual choice is 10.")
+        require_sampler(sampler)
+        if tolerance is not None and (kind != "mc" or not tolerance > 0):
+            raise ValueError(
+                f"A tolerance must be positive and needs kind='mc'; got {tolerance} with kind={kind!r}. Try 0.005."
+            )
         if isinstance(data, Mapping):
             rows = data["input_ids"].shape[0]
-            batches: Iterator[Batch] = iter([{**data, "index": torch.arange(rows)}])
-            labels, total = data.get("labels"), 1
+            batches: list[Batch] = [{**data, "index": torch.arange(rows)}]
+            labels = data.get("labels")
         else:
             encoded = self.model.encode(data)
-            batches, labels = encoded.batches(batch_size), encoded.labels
-            total = -(-len(encoded) // batch_size)
-        parts: list[tuple[Tensor, RowPrediction]] = []
-        predict_batch = self._predictor(kind, draws, generator)
-        for batch in tqdm(batches, total=total, desc="predict", disable=not progress, leave=False):
-            made = predict_batch(batch)
-            made = made if isinstance(made, RowPrediction) else RowPrediction(made)
-            parts.append((batch["index"], made.tempered(self.logit_temperature)))
+            rows, batches, labels = len(encoded), list(encoded.batches(batch_size)), encoded.labels
+        trunks = TrunkCache(self.model.backbone, self.model.first_block, rows)
+        found: list[Predictive] = []
+        taken, wanted = 0, draws if tolerance is None else DRAWS_A_ROUND
+        while taken < draws:
+            parts: list[tuple[Tensor, RowPrediction]] = []
+            predict_batch = self._predictor(kind, min(wanted, draws - taken), generator, sampler)
+            for batch in tqdm(batches, desc="predict", disable=not progress, leave=False):
+                whole = trunks.attach(batch) if "trunk" not in batch else batch
+                made = predict_batch(whole)
+                made = made if isinstance(made, RowPrediction) else RowPrediction(made)
+                parts.append((batch["index"], made.tempered(self.logit_temperature)))
+            found.append(gather_rows(parts, None if labels is None else labels.cpu(), kind))
+            taken += wanted
+            if tolerance is None or monte_carlo_error(found, sampler) < tolerance:
+                break
         self.model.release()
-        return gather_rows(parts, None if labels is None else labels.cpu(), kind)
+        return join_draws(found)
 
-    def _predictor(self, kind: str, draws: int, generator: torch.Generator | None) -> Any:
+    def _predictor(self, kind: str, draws: int, generator: torch.Generator | None, sampler: str) -> Any:
         """A function from a batch to a `RowPrediction`, or to its probabilities alone, with its draws taken once."""
         if kind == "mean":
             mean = self.mean()
@@ -138,7 +181,9 @@ class Posterior:
             # one set of quasi-random points for all rows, as one set of weight draws would be
             seed = int(torch.randint(2**31, (), generator=generator))
             return lambda batch: softmax_draws(*linearised(batch, contrasts=True), torch.Generator().manual_seed(seed))
-        sampled = self.sample(draws, generator=generator)
+        if kind in TOKEN_SCOPES:
+            return TokenNoise(self.model, self.guide, kind, draws, generator)
+        sampled = self.sample(draws, generator=generator, sampler=sampler)
 
         return lambda batch: RowPrediction.from_logits(logits_of_draws(self.model, batch, sampled, draws))
 

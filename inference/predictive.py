@@ -14,6 +14,8 @@ Batch = Mapping[str, Tensor]
 
 # rows times draws that go through the network at once
 ROWS_AT_ONCE = 256
+# draws between two looks at the Monte-Carlo error; even, so that mirrored pairs stay together
+DRAWS_A_ROUND = 4
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,13 @@ class RowPrediction(NamedTuple):
         return RowPrediction((self.probs.log() / temperature).softmax(-1), self.energy)
 
 
+def join_draws(parts: list[Predictive]) -> Predictive:
+    """Rounds of draws of the same rows as one prediction."""
+    energies = [part.energy for part in parts if part.energy is not None]
+    energy = torch.cat(energies) if len(energies) == len(parts) else None
+    return Predictive(torch.cat([part.probs for part in parts]), parts[0].kind, parts[0].labels, energy)
+
+
 def gather_rows(parts: list[tuple[Tensor, RowPrediction]], labels: Tensor | None, kind: str) -> Predictive:
     """Put batches of probabilities back into the order of the data set.
 
@@ -87,6 +96,24 @@ def gather_rows(parts: list[tuple[Tensor, RowPrediction]], labels: Tensor | None
     kept = [energy.float().cpu() for energy in energies if energy is not None]
     energy = torch.cat(kept, dim=1)[:, order] if len(kept) == len(energies) else None
     return Predictive(probs[:, order], kind, labels, energy)
+
+
+def monte_carlo_error(parts: list[Predictive], sampler: str) -> float:
+    """Standard error of the mean probabilities over draws, averaged over rows and classes.
+
+    Args:
+        parts: rounds of draws.
+        sampler: how they were spread. Mirrored draws are judged by the means of their pairs, strata by the means of rounds.
+    """
+    if sampler == "stratified":
+        units = torch.stack([part.probs.mean(0) for part in parts])
+    elif sampler == "antithetic":
+        units = torch.cat([part.probs[: len(part.probs) // 2 * 2].unflatten(0, (-1, 2)).mean(1) for part in parts])
+    else:
+        units = torch.cat([part.probs for part in parts])
+    if len(units) < 2:
+        return float("inf")
+    return float((units.var(0) / len(units)).sqrt().mean())
 
 
 def logits_of_draws(model: BayesianModel, batch: Batch, draw: Mapping[str, Tensor], draws: int) -> Tensor:

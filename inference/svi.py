@@ -39,7 +39,9 @@ class SVI:
         scale_learning_rate: Adam's rate for the parameters of the standard deviations.
         kl_weight: weight of the KL (temperature of the posterior).
         particles: draws a step, one backward each.
-        noise: ``"example"`` draws independently for every example, ``"weight"`` once for the batch.
+        noise: ``"example"`` draws independently for every example, ``"weight"`` once for the batch; ``"token"`` (local
+            reparameterisation) and ``"flipout"`` perturb every token by itself, which is no draw of weights and optimises
+            another objective, offered because released code does it.
         warmup: fraction of the steps over which the rates rise linearly; they fall linearly to zero after it.
         max_grad_norm: gradients are clipped to this norm; None for no clipping.
         average: fraction of the last steps whose parameters are averaged into the result; 0 takes the last ones.
@@ -59,7 +61,7 @@ class SVI:
     scale_learning_rate: float = field(default=2e-2, metadata={"help": "rate of standard deviations"})
     kl_weight: float = field(default=1.0, metadata={"help": "weight of the KL; 1 is the true ELBO"})
     particles: int = field(default=1, metadata={"help": "draws a step"})
-    noise: str = field(default="example", metadata={"help": "'example' or 'weight'"})
+    noise: str = field(default="example", metadata={"help": "'example', 'weight', 'token' or 'flipout'"})
     warmup: float = field(default=0.06, metadata={"help": "fraction of the steps with rising rates"})
     max_grad_norm: float | None = field(default=None, metadata={"help": "clip gradients to this norm"})
     average: float = field(default=0.0, metadata={"help": "fraction of the last steps that are averaged"})

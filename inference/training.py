@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyrolora.guides import build_guide
+from pyrolora.guides.local import local_weight
 from pyrolora.inference import checkpoint
 from pyrolora.inference.elbo import AnalyticELBO
 from pyrolora.inference.engine import History, StepStats
-from pyrolora.inference.noise import NoiseMessenger, TemperMessenger
+from pyrolora.inference.noise import TOKEN_SCOPES, NoiseMessenger, TemperMessenger, TokenMessenger
 from pyrolora.inference.posterior import Posterior
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import EncodedSplit, Split
@@ -67,6 +68,11 @@ class TrainingRun:
         self.optimiser = torch.optim.Adam(groups, foreach=True)
         self.peak_rates = [group["lr"] for group in self.optimiser.param_groups]
         self.noisy_sites = frozenset(name for name in self.guide.site_names if self._is_noisy(name))
+        if engine.noise in TOKEN_SCOPES:
+            for name, factor in self.guide.items():
+                if name in self.noisy_sites:
+                    # refuses a family without token noise before the first step
+                    local_weight(factor.distribution(), engine.noise)
         self.elbo = AnalyticELBO(num_particles=engine.particles)
         self.trunks = TrunkCache(model.backbone, model.first_block, len(self.data))
         self.step = 0
@@ -156,6 +162,8 @@ class TrainingRun:
         scopes: list[Messenger] = [TemperMessenger(num_data, engine.kl_weight)]
         if engine.noise == "example" and self.noisy_sites:
             scopes.append(NoiseMessenger(self.noisy_sites, batch["input_ids"].shape[0]))
+        elif engine.noise in TOKEN_SCOPES and self.noisy_sites:
+            scopes.append(TokenMessenger(self.noisy_sites, engine.noise))
         run_model, run_guide = self.model.__call__, self.guide.__call__
         for scope in scopes:
             run_model, run_guide = scope(run_model), scope(run_guide)

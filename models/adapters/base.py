@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyrolora.models.backbones import Backbone, Delta
+from pyrolora.models.local import LocalWeight
 from pyrolora.models.naming import nearest
 from pyrolora.models.sites import Site
 
@@ -133,19 +134,20 @@ class LinearTape:
 _TAPE: ContextVar[LinearTape | None] = ContextVar("linear_tape", default=None)
 
 
-def site_linear(rows: Tensor, weight: Tensor, site: str, entry: int = 0) -> Tensor:
+def site_linear(rows: Tensor, weight: Tensor | LocalWeight, site: str, entry: int = 0) -> Tensor:
     """`grouped_linear` with the weights of one entry of a site, seen by a `LinearTape` if one records.
 
     Args:
         rows: activations, cast to the type of the weights.
-        weight: the entry's weights under the draw.
+        weight: the entry's weights under the draw, or noise for each token in their place.
         site: name of the site.
         entry: position in the site's stack.
 
     Shape:
         see `grouped_linear`
     """
-    output = grouped_linear(rows.to(weight.dtype), weight)
+    cast = rows.to(weight.dtype)
+    output = weight.product(cast) if isinstance(weight, LocalWeight) else grouped_linear(cast, weight)
     tape = _TAPE.get()
     if tape is not None:
         tape.record(rows, output, site, entry)

@@ -1,10 +1,10 @@
 """Every engine with every guide, adapter, noise scope, float type and checkpointing: it works, or it says why not.
 
 Engine x guide x adapter is walked in full, since their code meets, at the defaults of the rest (example noise, float32,
-no checkpointing). Noise acts through effect handlers: both scopes meet every engine, with both adapters in the model.
+no checkpointing). Noise acts through effect handlers: every scope meets every engine, with both adapters in the model.
 Float type and checkpointing act in the backbone: all six pairs meet every engine under example noise, and `BLoB` under
-weight noise too. Left out are float type x noise for the other engines, and both with a single adapter: no code there
-looks at two of them.
+weight and token noise too. Left out are float type x noise for the other engines, and both with a single adapter: no code
+there looks at two of them.
 """
 
 import copy
@@ -39,17 +39,31 @@ ENGINES = {
     ),
     "Laplace last_layer": lambda noise: Laplace(structure="last_layer", estimate=MAP(steps=STEPS, noise=noise)),
 }
-# (engine, adapter) -> a part of the sentence that says why not
+NO_TOKEN_NOISE = r"There is no noise='\w+' for a \w+"
+# (engine, adapter) or (engine, noise) -> a part of the sentence that says why not
 REFUSED = {
+    **{("SVI FullCovariance", noise): NO_TOKEN_NOISE for noise in ("token", "flipout")},
+    # of the head it knows each class by itself, which has no matrix for a token to meet
+    **{("SVI LowRank", noise): NO_TOKEN_NOISE for noise in ("token", "flipout")},
+    ("SVI KroneckerNormal", "flipout"): NO_TOKEN_NOISE,
     ("Laplace last_layer", "LoRA"): r"Add LastLayer\(\) to the model's adapters",
     ("SVI BLoB", "LastLayer"): r"name the sites, as in BLoB\(sites='head.weight'\)",
 }
 
 PAIRS = [(engine, adapter, "example", torch.float32, False) for engine in ENGINES for adapter in ADAPTERS]
-SCOPES = [(engine, "LoRA+LastLayer", "weight", torch.float32, False) for engine in ENGINES]
+SCOPES = [
+    (engine, "LoRA+LastLayer", noise, torch.float32, False)
+    for engine in ENGINES
+    for noise in ("weight", "token", "flipout")
+]
 DTYPES = [
     (engine, "LoRA+LastLayer", noise, dtype, checkpointing)
-    for engine, noise in (("SVI BLoB", "example"), ("SVI BLoB", "weight"), *((name, "example") for name in ENGINES))
+    for engine, noise in (
+        ("SVI BLoB", "example"),
+        ("SVI BLoB", "weight"),
+        ("SVI BLoB", "token"),
+        *((name, "example") for name in ENGINES),
+    )
     for dtype in (torch.float32, torch.bfloat16, torch.float64)
     for checkpointing in (False, True)
 ]
@@ -123,7 +137,7 @@ def test_it_works_or_says_why_not(make, tmp_path, engine, adapter, noise, dtype,
     def fit():
         return ENGINES[engine](noise).fit(model, model.task.train, progress=False)
 
-    if reason := REFUSED.get((engine, adapter)):
+    if reason := REFUSED.get((engine, adapter)) or REFUSED.get((engine, noise)):
         with pytest.raises(ValueError, match=reason):
             fit()
         return
@@ -155,5 +169,5 @@ def test_svi_histories_are_finite_and_one_entry_a_step(make, engine):
 
 def test_the_selection_walks_each_factor():
     assert {entry[:2] for entry in SELECTION} == {(engine, adapter) for engine in ENGINES for adapter in ADAPTERS}
-    for place, levels in ((2, 2), (3, 3), (4, 2)):
+    for place, levels in ((2, 4), (3, 3), (4, 2)):
         assert len({entry[place] for entry in SELECTION}) == levels

@@ -12,6 +12,7 @@ from pyrolora.guides.low_rank import LowRankNormal
 from pyrolora.inference.elbo import AnalyticELBO
 from pyrolora.inference.map import MAP
 from pyrolora.inference.noise import Copies, NoiseMessenger, TemperMessenger
+from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.svi import SVI
 from pyrolora.inference.training import TrainingRun
 from pyrolora.models.adapters import LastLayer, LoRA
@@ -157,3 +158,35 @@ def test_example_noise_has_the_gradient_of_weight_noise_in_expectation_and_a_low
     assert (difference.abs() / error).max() < MOST_STANDARD_ERRORS
     # measured 0.43 with a standard error of 0.03; a shared draw would give 1
     assert totals["example"] < 0.7 * totals["weight"]
+
+
+class TestTokenPredictions:
+    """``kind="token"`` and ``"flipout"``: reproducible, the mean where there is no width, other noise in every pass."""
+
+    def posterior(self, three_topics_model, scale):
+        model = three_topics_model(torch.float64)
+        guide = build_guide(MeanField(init_scale=scale), model)
+        with torch.no_grad():
+            for _, factor in guide.items():
+                factor.loc.add_(0.1 * torch.randn_like(factor.loc))
+        return model, Posterior(model, guide, {})
+
+    @pytest.mark.parametrize("kind", ["token", "flipout"])
+    def test_without_width_every_pass_is_the_mean(self, three_topics_model, kind):
+        model, posterior = self.posterior(three_topics_model, 1e-12)
+        found = posterior.predict(model.task.test, kind=kind, draws=3).probs
+        torch.testing.assert_close(found, posterior.predict(model.task.test, kind="mean").probs.expand(3, -1, -1))
+
+    @pytest.mark.parametrize("kind", ["token", "flipout"])
+    def test_the_generator_decides(self, three_topics_model, kind):
+        model, posterior = self.posterior(three_topics_model, 0.3)
+        first, again, other = (
+            posterior.predict(
+                model.task.test, kind=kind, draws=3, generator=torch.Generator().manual_seed(seed), batch_size=4
+            ).probs
+            for seed in (0, 0, 1)
+        )
+        assert torch.equal(first, again)
+        assert (first - other).abs().amax() > 1e-3
+        assert (first[0] - first[1]).abs().amax(-1).min() > 1e-6
+        assert first.shape == (3, 9, 3)

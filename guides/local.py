@@ -1,0 +1,192 @@
+"""Token noise of Normal posteriors: local reparameterisation, and Flipout."""
+
+from collections.abc import Sequence
+from functools import singledispatch
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pyrolora.guides.kronecker import KroneckerDistribution
+from pyrolora.guides.low_rank import LowRankNormal
+from pyrolora.models.local import LocalWeight
+
+# smallest variance of a product, so that its root has a gradient where a token's activations are all zero
+TINY = 1e-30
+
+
+class LocalNormal(LocalWeight):
+    """Independent Normal weights, drawn for every token by the distribution of the product.
+
+    ``x W'`` has independent coordinates with mean ``x M'`` and variance ``x^2 S^2'``.
+
+    Source: Kingma, Salimans and Welling, "Variational Dropout and the Local Reparameterization Trick", 2015.
+
+    Args:
+        loc: means.
+        scale: standard deviations.
+
+    Shape:
+        loc and scale ``(out, in)`` or ``(entries, out, in)``
+    """
+
+    def __init__(self, loc: Tensor, scale: Tensor) -> None:
+        self.loc, self.scale = loc, scale
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `LocalWeight.dtype`."""
+        return self.loc.dtype
+
+    def entries(self) -> Sequence[LocalWeight]:
+        """See `LocalWeight.entries`."""
+        return [type(self)(*pair) for pair in zip(self.loc, self.scale, strict=True)]
+
+    def product(self, rows: Tensor) -> Tensor:
+        """See `LocalWeight.product`."""
+        variance = functional.linear(rows.square(), self.scale.square())
+        noise = torch.randn_like(variance)
+        return functional.linear(rows, self.loc) + variance.clamp_min(TINY).sqrt() * noise
+
+
+class Flipout(LocalNormal):
+    """Independent Normal weights: one perturbation for all tokens, its signs flipped anew for every token.
+
+    Uncorrelated between tokens, not independent; the marginal distribution of each token's product is that of `LocalNormal`.
+
+    Source: Wen et al., "Flipout: Efficient Pseudo-Independent Weight Perturbations on Mini-Batches", 2018.
+    """
+
+    def product(self, rows: Tensor) -> Tensor:
+        """See `LocalWeight.product`."""
+        perturbation = self.scale * torch.randn_like(self.scale)
+        flipped = functional.linear(rows * signs(rows), perturbation)
+        return functional.linear(rows, self.loc) + flipped * signs(flipped)
+
+
+def signs(like: Tensor) -> Tensor:
+    """Independent signs, each with probability a half, of the shape and type of a tensor."""
+    return torch.empty_like(like).bernoulli_(0.5).mul_(2).sub_(1)
+
+
+class LocalLowRank(LocalWeight):
+    """Low-rank plus diagonal Normal weights: every token has coefficients of its own for the shared directions.
+
+    Args:
+        own: the diagonal part with the means.
+        directions: columns of the covariance factor as matrices.
+
+    Shape:
+        directions ``(entries, rank, out, in)`` or ``(rank, out, in)``
+    """
+
+    def __init__(self, own: LocalNormal, directions: Tensor) -> None:
+        self.own, self.directions = own, directions
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `LocalWeight.dtype`."""
+        return self.own.dtype
+
+    def entries(self) -> Sequence[LocalWeight]:
+        """See `LocalWeight.entries`."""
+        parts = zip(self.own.loc, self.own.scale, self.directions, strict=True)
+        return [LocalLowRank(LocalNormal(loc, scale), directions) for loc, scale, directions in parts]
+
+    def product(self, rows: Tensor) -> Tensor:
+        """See `LocalWeight.product`."""
+        along = torch.einsum("nti,koi->ntko", rows, self.directions)
+        coefficients = torch.randn(*along.shape[:3], dtype=rows.dtype, device=rows.device)
+        return self.own.product(rows) + torch.einsum("ntk,ntko->nto", coefficients, along)
+
+
+class LocalKronecker(LocalWeight):
+    """Normal weights with a diagonal covariance in Kronecker eigenbases: `LocalNormal` in the rotated coordinates.
+
+    Args:
+        loc: means.
+        inside: deviations within the bases' span, with zero means.
+        out_basis: see `KroneckerDistribution`.
+        in_basis: see `KroneckerDistribution`.
+        rest: standard deviation outside the span.
+
+    Shape:
+        as in `KroneckerDistribution`, without the entries for one matrix
+    """
+
+    def __init__(self, loc: Tensor, scale: Tensor, out_basis: Tensor, in_basis: Tensor, rest: Tensor) -> None:
+        self.loc, self.scale, self.out_basis, self.in_basis, self.rest = loc, scale, out_basis, in_basis, rest
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `LocalWeight.dtype`."""
+        return self.loc.dtype
+
+    def entries(self) -> Sequence[LocalWeight]:
+        """See `LocalWeight.entries`."""
+        parts = zip(self.loc, self.scale, self.out_basis, self.in_basis, self.rest, strict=True)
+        return [LocalKronecker(*part) for part in parts]
+
+    def product(self, rows: Tensor) -> Tensor:
+        """See `LocalWeight.product`."""
+        rotated = rows @ self.in_basis
+        inside = rotated.square()
+        variance = inside @ self.scale.square().mT
+        noise = torch.randn_like(variance) * variance.clamp_min(TINY).sqrt() @ self.out_basis.mT
+        total = functional.linear(rows, self.loc) + noise
+        if self.scale.numel() == self.loc.numel():
+            return total
+        # outside: all of the input for outputs off the out-basis, the input's own rest for outputs on it
+        whole, within = rows.square().sum(-1, keepdim=True), inside.sum(-1, keepdim=True)
+        free = torch.randn_like(total) * whole.clamp_min(TINY).sqrt()
+        on_basis = free @ self.out_basis
+        kept = torch.randn_like(on_basis) * (whole - within).clamp_min(TINY).sqrt()
+        return total + self.rest * (free + (kept - on_basis) @ self.out_basis.mT)
+
+
+@singledispatch
+def local_weight(distribution: object, method: str) -> LocalWeight:
+    """Token noise of a Normal posterior.
+
+    Usage::
+
+        local_weight(factor.distribution(), "token")
+
+    Args:
+        distribution: a Normal over a site's weights.
+        method: ``"token"``, local reparameterisation; or ``"flipout"``, for independent Normals.
+
+    Raises:
+        ValueError: a distribution or method for which there is none.
+    """
+    raise ValueError(
+        f"There is no noise={method!r} for a {type(distribution).__name__}: a product with it has no simple distribution. "
+        "Use noise='example' or noise='weight', which take any posterior."
+    )
+
+
+@local_weight.register(dist.Independent)
+def _independent(distribution: dist.Independent, method: str) -> LocalWeight:
+    base = distribution.base_dist
+    if not isinstance(base, dist.Normal):
+        return local_weight.dispatch(object)(base, method)
+    return (Flipout if method == "flipout" else LocalNormal)(base.loc, base.scale)
+
+
+@local_weight.register(LowRankNormal)
+def _low_rank(distribution: LowRankNormal, method: str) -> LocalWeight:
+    shape = distribution.loc.shape
+    if method == "flipout" or len(shape) != 3:
+        return local_weight.dispatch(object)(distribution, method)
+    own = LocalNormal(distribution.loc, distribution.cov_diag.sqrt().reshape(shape))
+    return LocalLowRank(own, distribution.cov_factor.mT.reshape(shape[0], -1, *shape[1:]))
+
+
+@local_weight.register(KroneckerDistribution)
+def _kronecker(distribution: KroneckerDistribution, method: str) -> LocalWeight:
+    if method == "flipout":
+        return local_weight.dispatch(object)(distribution, method)
+    parts = (distribution.loc, distribution.scale, distribution.out_basis, distribution.in_basis, distribution.rest)
+    stack = LocalKronecker(*parts)
+    return stack if len(distribution.event_shape) == 3 else stack.entries()[0]

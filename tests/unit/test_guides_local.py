@@ -1,0 +1,123 @@
+"""Token noise against the distribution of x W' that the dense covariance of the weights implies."""
+
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyrolora.guides import BLoB, FullCovariance, KroneckerNormal, LowRank, MeanField, Point
+from pyrolora.guides.local import local_weight, signs
+from pyrolora.models.adapters.base import site_linear
+from pyrolora.models.sites import Site
+
+ENTRIES, OUT, IN = 2, 3, 4
+TOKENS, DRAWS = 2, 40_000
+# chance that a moment test fails although the noise is right: z of 5.5 over fewer than 100 comparisons each, 20 tests
+FALSE_ALARM_RATE = 1e-4
+MOST_STANDARD_ERRORS = 5.5
+
+SITE = Site("x.lora_A", torch.Size((ENTRIES, OUT, IN)), ("layer", "out", "in"), ("a", "b"))
+FAMILIES = {
+    "mean field": (MeanField(), "token"),
+    "blob": (BLoB(), "token"),
+    "flipout": (MeanField(), "flipout"),
+    "low rank": (LowRank(rank=2), "token"),
+    "kronecker": (KroneckerNormal(), "token"),
+    "truncated kronecker": (KroneckerNormal(rank=2), "token"),
+}
+
+
+def distribution_of(family, site=SITE):
+    prior = dist.Normal(0.0, torch.tensor(0.5, dtype=torch.float64)).expand(site.shape).to_event(len(site.shape))
+    factor = family.factor(site, torch.randn(site.shape, dtype=torch.float64), prior)
+    with torch.no_grad():
+        for parameter in factor.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        for name, side, kept in (("out_basis", OUT, 2), ("in_basis", IN, 2)):
+            if isinstance(family, KroneckerNormal):
+                basis = torch.linalg.qr(torch.randn(ENTRIES, side, side, dtype=torch.float64)).Q
+                getattr(factor, name).copy_(basis if family.rank is None else basis[..., :kept])
+    return factor.distribution()
+
+
+def covariance_of(distribution, entry):
+    """Dense covariance of one entry's weights, from the Hessian of the log density."""
+
+    def log_prob(flat):
+        whole = distribution.mean.detach().clone()
+        whole[entry] = flat.reshape(OUT, IN)
+        return distribution.log_prob(whole)
+
+    return torch.linalg.inv(-torch.autograd.functional.hessian(log_prob, torch.zeros(OUT * IN, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_each_token_has_the_moments_of_its_product_and_tokens_are_uncorrelated(name):
+    family, method = FAMILIES[name]
+    distribution = distribution_of(family)
+    with torch.enable_grad():
+        covariances = [covariance_of(distribution, entry) for entry in range(ENTRIES)]
+    rows = torch.randn(TOKENS, IN, dtype=torch.float64)
+    for entry, weight in enumerate(local_weight(distribution, method).entries()):
+        # Flipout shares its perturbation within a call, so every draw is a call of its own there
+        if method == "flipout":
+            found = torch.stack([weight.product(rows[None])[0] for _ in range(DRAWS // 10)])
+        else:
+            found = weight.product(rows.expand(DRAWS, -1, -1))
+        draws = len(found)
+        mean = rows @ distribution.mean[entry].mT
+        # x' Cov x for every pair of tokens would be this; token noise has it on the diagonal and zero elsewhere
+        lifted = torch.stack([torch.kron(torch.eye(OUT, dtype=torch.float64), row[None]) for row in rows])
+        wanted = torch.block_diag(*(lift @ covariances[entry] @ lift.mT for lift in lifted))
+        variance = wanted.diagonal()
+        error = (found.mean(0) - mean).flatten().abs() / (variance / draws).sqrt()
+        assert error.max() < MOST_STANDARD_ERRORS
+        sample = found.flatten(1).mT.cov()
+        # products of Flipout's signs have heavier tails than Normals': a factor of two covers their fourth moment
+        spread = ((variance[:, None] * variance + wanted.square()) / draws).sqrt() * (2 if method == "flipout" else 1)
+        assert ((sample - wanted).abs() / spread).max() < MOST_STANDARD_ERRORS
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_reach_every_parameter_and_survive_empty_tokens(name):
+    family, method = FAMILIES[name]
+    factor = family.factor(SITE, torch.randn(SITE.shape), dist.Normal(0.0, 0.5))
+    rows = torch.randn(2, 5, IN)
+    rows[:, 3:] = 0
+    for weight in local_weight(factor.distribution(), method).unbind(-3):
+        weight.product(rows).square().sum().backward(retain_graph=True)
+    for parameter_name, parameter in factor.named_parameters():
+        if name == "kronecker" and parameter_name == "log_rest":
+            continue  # nothing lies outside whole bases
+        assert parameter.grad.isfinite().all()
+        assert parameter.grad.abs().sum() > 0
+
+
+def test_site_linear_takes_a_local_weight():
+    weight = local_weight(dist.Normal(torch.ones(OUT, IN), 1e-20).to_event(2), "token")
+    rows = torch.randn(2, 5, IN, dtype=torch.bfloat16)
+    torch.testing.assert_close(site_linear(rows, weight, "x"), rows.float().sum(-1, keepdim=True).expand(-1, -1, OUT))
+
+
+def test_other_uses_are_refused():
+    weight = local_weight(distribution_of(MeanField()), "token")
+    with pytest.raises(AttributeError, match="no weights to take 'mT' of"):
+        _ = weight.mT
+    assert weight.dim() == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [(FullCovariance(), "token"), (LowRank(), "flipout"), (KroneckerNormal(), "flipout"), (Point(), "token")],
+    ids=str,
+)
+def test_families_without_it_say_so(family, method):
+    with pytest.raises(ValueError, match=f"There is no noise='{method}'.*Use noise='example'"):
+        local_weight(distribution_of(family), method)
+
+
+def test_signs_are_fair():
+    found = signs(torch.zeros(10_000))
+    assert set(found.tolist()) == {-1.0, 1.0}
+    # five standard errors: fails once in 1.7 million seeds
+    assert abs(float(found.mean())) < 0.05
