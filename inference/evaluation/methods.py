@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pyrolora.guides.base import Family
+from pyrolora.inference.evaluation.temperature import TemperatureScaling
 from pyrolora.inference.laplace import Laplace
 from pyrolora.inference.map import MAP
 from pyrolora.inference.schedules import SCHEDULES
@@ -12,7 +13,7 @@ from pyrolora.inference.svi import SVI
 from pyrolora.models.declarations import declared
 from pyrolora.models.naming import nearest
 
-ENGINES = {"MAP": MAP, "SVI": SVI, "Laplace": Laplace}
+ENGINES = {"MAP": MAP, "SVI": SVI, "Laplace": Laplace, "TemperatureScaling": TemperatureScaling}
 
 # for posteriors with a width: the prior's scale is the noise that silent weights keep, and this much the network bears
 NARROW = "Normal(0, 0.05)"
@@ -27,12 +28,12 @@ class Method:
     """One row of a comparison, as text and numbers that a YAML file can hold.
 
     Attributes:
-        engine: ``"MAP"``, ``"SVI"``, ``"Laplace"``, or ``"none"`` for the pretrained model.
+        engine: ``"MAP"``, ``"SVI"``, ``"Laplace"``, ``"TemperatureScaling"``, or ``"none"`` for the pretrained model.
         prior: declaration of the prior, or ``{glob pattern: declaration}``.
         guide: declaration of the guide, or ``{glob pattern: declaration}``; for SVI only.
         settings: settings of the engine.
         adapters: declarations of adapters added to the experiment's own.
-        estimate: another method whose posterior mean this one starts from (Laplace).
+        estimate: another method whose posterior this one starts from (Laplace, TemperatureScaling).
     """
 
     engine: str
@@ -41,6 +42,19 @@ class Method:
     settings: Mapping[str, Any] = field(default_factory=dict)
     adapters: tuple[str, ...] = ()
     estimate: str | None = None
+
+    @classmethod
+    def of_engine(cls, engine: str) -> "Method":
+        """A method of an engine with the defaults that were chosen for it.
+
+        Raises:
+            ValueError: an unknown engine; the nearest is offered.
+        """
+        if engine not in ENGINES:
+            raise ValueError(
+                f"Unknown engine {engine!r}. Did you mean {nearest(str(engine), ENGINES)!r}? Engines: {', '.join(ENGINES)}."
+            )
+        return METHODS[USUAL[engine]] if engine in USUAL else cls(engine)
 
     def changed(self, overrides: Mapping[str, Any]) -> "Method":
         """The method with some of its own fields or of its engine's settings replaced.
@@ -123,3 +137,6 @@ METHODS: dict[str, Method] = {
         adapters=("LastLayer()",),
     ),
 }
+
+# whose prior and settings a new method of an engine starts from
+USUAL = {"MAP": "map", "SVI": "blob", "Laplace": "laplace"}

@@ -1,4 +1,4 @@
-"""The command line: ``pyrolora compare``, ``fit``, ``evaluate``, ``predict`` and ``sites``."""
+"""The command line: ``pyrolora compare``, ``experiment``, ``report``, ``fit``, ``evaluate``, ``predict`` and ``sites``."""
 
 import json
 import logging
@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from pyrolora.inference.evaluation.experiment import ExperimentConfig, compare, read_config
+from pyrolora.inference.evaluation.configuration import ExperimentConfig, read_config
+from pyrolora.inference.evaluation.experiment import UnfinishedCellsError, compare
 from pyrolora.inference.evaluation.harness import evaluate
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.storage import read_config as read_config_of
@@ -58,7 +59,15 @@ def _plain_errors() -> Iterator[None]:
     """One sentence for a user's mistake, and the shell's exit code for an interruption."""
     try:
         yield
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, FloatingPointError, KeyError) as error:
+    except (
+        ValueError,
+        TypeError,
+        FileNotFoundError,
+        FileExistsError,
+        FloatingPointError,
+        KeyError,
+        UnfinishedCellsError,
+    ) as error:
         message = error.args[0] if isinstance(error, KeyError) else error
         typer.secho(f"Error: {message}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from error
@@ -114,6 +123,34 @@ def compare_command(
     report = compare(settings, out, progress=not quiet)
     typer.echo(report.to_markdown())
     typer.echo(f"\nWritten to {out}: report.md, report.json, reliability.png, config.yaml, one folder a method.")
+
+
+@_command
+def experiment_command(
+    file: Annotated[Path, typer.Argument(help="YAML file with tasks, adapters, methods, seeds and settings.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the experiments, one below it a task and adapter.")],
+    changes: Changes = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run a grid of experiments, cell by cell. Run it again after a stop, or several times at once on one folder."""
+    from pyrolora.inference.evaluation.grid import Grid, run_grid
+    from pyrolora.inference.evaluation.render import render_folder
+
+    run_grid(Grid.from_dict(read_config(file, changes or ())), out, progress=not quiet)
+    written = render_folder(out)
+    typer.echo(f"Finished. The page is {written['html']}.")
+
+
+@_command
+def report_command(
+    folder: Annotated[Path, typer.Argument(help="Folder that experiment or compare wrote.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the pages; the same by default.")] = None,
+) -> None:
+    """Write page.md, page.tex and page.html of what is finished in a folder. Nothing is computed again."""
+    from pyrolora.inference.evaluation.render import render_folder
+
+    for path in render_folder(folder, out).values():
+        typer.echo(str(path))
 
 
 @_command
