@@ -8,12 +8,19 @@ from pyrolora.guides.base import Family
 from pyrolora.inference.evaluation.temperature import TemperatureScaling
 from pyrolora.inference.laplace import Laplace
 from pyrolora.inference.map import MAP
+from pyrolora.inference.released import ReleasedBLoB
 from pyrolora.inference.schedules import SCHEDULES
 from pyrolora.inference.svi import SVI
 from pyrolora.models.declarations import declared
 from pyrolora.models.naming import nearest
 
-ENGINES = {"MAP": MAP, "SVI": SVI, "Laplace": Laplace, "TemperatureScaling": TemperatureScaling}
+ENGINES = {
+    "MAP": MAP,
+    "SVI": SVI,
+    "ReleasedBLoB": ReleasedBLoB,
+    "Laplace": Laplace,
+    "TemperatureScaling": TemperatureScaling,
+}
 
 # for posteriors with a width: the prior's scale is the noise that silent weights keep, and this much the network bears
 NARROW = "Normal(0, 0.05)"
@@ -124,6 +131,7 @@ METHODS: dict[str, Method] = {
     "mle": Method("MAP", prior="Flat()"),
     "map": Method("MAP"),
     "blob": Method("SVI", prior=NARROW, guide="BLoB()", settings=COLD),
+    "blob_release": Method("ReleasedBLoB", prior={"*.lora_A": "Normal(0, 0.2)", "*.lora_B": "Flat()"}),
     "mean_field": Method("SVI", prior=NARROW, guide="MeanField()", settings=COLD),
     "low_rank": Method(
         "SVI", prior=NARROW, guide={"*.lora_A": "LowRank(rank=4)", "*.lora_B": "Point()"}, settings=COLD

@@ -7,6 +7,7 @@ from pyrolora.inference.laplace import Laplace, LaplacePosterior
 from pyrolora.inference.map import MAP
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.predictive import Predictive
+from pyrolora.inference.released import ReleasedBLoB
 from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.svi import SVI
 from pyrolora.models.adapters import S2FT, Adapter, CorDA, FullRank, LastLayer, LoRA, PiSSA, QPiSSA
@@ -48,6 +49,7 @@ __all__ = [
     "Predictive",
     "QPiSSA",
     "Relative",
+    "ReleasedBLoB",
     "Report",
     "SecondMoments",
     "Served",
