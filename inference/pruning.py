@@ -74,8 +74,8 @@ def rank_reports(posterior: Posterior, threshold: float) -> dict[str, RankReport
     for name in posterior.model.constants:
         if name.startswith(tuple(f"{pair}." for pair in pairs)):
             raise ValueError(
-                f"The factors of these sites do not start at zero ({name!r}), so b_k a_k' is not what they change. Prune plain "
-                "LoRA."
+                f"The factors of these sites do not start at zero ({name!r}), so b_k a_k' is not what they change. Prune "
+                "plain LoRA."
             )
     found = {}
     for pair in pairs:
