@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pyrolora.guides.base import Family, resolve
-from pyrolora.guides.build import build_guide
+from pyrolora.guides.base import Family
+from pyrolora.guides.build import build_guide, resolve
 from pyrolora.models.adapters import Adapter, LoRA
 from pyrolora.models.backbones import Backbone, load_backbone
 from pyrolora.models.naming import nearest

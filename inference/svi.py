@@ -12,9 +12,11 @@ from pyrolora.guides import BLoB
 from pyrolora.guides.base import Family, GuideSpecification, by_pattern
 from pyrolora.inference.noise import SCOPES
 from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.riemannian import STEPS, check_settings
 from pyrolora.inference.training import TrainingRun
 from pyrolora.models.naming import nearest
 from pyrolora.models.program import BayesianModel
+from pyrolora.models.stiefel import RETRACTIONS
 from pyrolora.models.tasks import EncodedSplit, Split
 
 
@@ -45,6 +47,10 @@ class SVI:
         warmup: fraction of the steps over which the rates rise linearly; they fall linearly to zero after it.
         max_grad_norm: gradients are clipped to this norm; None for no clipping.
         average: fraction of the last steps whose parameters are averaged into the result; 0 takes the last ones.
+        manifold_step: how factors with orthonormal columns move: ``"retraction"``, ``"landing"`` or ``"landing_scalar"``; see
+            `RiemannianStep`.
+        retraction: ``"polar"``, ``"cholesky_qr"``, ``"qr"``, ``"newton_schulz"`` or ``"cayley"``.
+        landing_penalty: weight of the landing field's attraction to the manifold.
         seed: seeds the start, the order of the data and all draws.
         checkpoint: folder to keep the state in, or None.
         checkpoint_every: steps between two checkpoints.
@@ -65,6 +71,9 @@ class SVI:
     warmup: float = field(default=0.06, metadata={"help": "fraction of the steps with rising rates"})
     max_grad_norm: float | None = field(default=None, metadata={"help": "clip gradients to this norm"})
     average: float = field(default=0.0, metadata={"help": "fraction of the last steps that are averaged"})
+    manifold_step: str = field(default="retraction", metadata={"help": ", ".join(STEPS)})
+    retraction: str = field(default="polar", metadata={"help": ", ".join(RETRACTIONS)})
+    landing_penalty: float = field(default=1.0, metadata={"help": "attraction of a landing step to the manifold"})
     seed: int = field(default=0, metadata={"help": "seed of start, data order and draws"})
     checkpoint: str | Path | None = field(default=None, metadata={"help": "folder of the training state"})
     checkpoint_every: int = field(default=50, metadata={"help": "steps between checkpoints"})
@@ -94,6 +103,7 @@ class SVI:
             raise ValueError(
                 f"average is a fraction of the steps in [0, 1); got {self.average}. Try 0.25, or 0 for none."
             )
+        check_settings(self.manifold_step, self.retraction, self.landing_penalty)
         if self.noise not in SCOPES:
             raise ValueError(
                 f"Unknown noise scope {self.noise!r}. Did you mean {nearest(self.noise, SCOPES)!r}? "

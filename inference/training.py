@@ -22,6 +22,7 @@ from pyrolora.inference.elbo import AnalyticELBO
 from pyrolora.inference.engine import History, StepStats
 from pyrolora.inference.noise import TOKEN_SCOPES, NoiseMessenger, TemperMessenger, TokenMessenger
 from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.riemannian import RiemannianStep
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import EncodedSplit, Split
 from pyrolora.models.trunk import TrunkCache
@@ -62,10 +63,13 @@ class TrainingRun:
         source = torch.Generator().manual_seed(self.seed)
         self.guide = build_guide(engine.guide, model, start=start, generator=source)
         roles = self.guide.parameters_by_role()
-        rates = {"loc": engine.learning_rate, "point": engine.learning_rate, "scale": engine.scale_learning_rate}
+        rates = {role: engine.scale_learning_rate if role == "scale" else engine.learning_rate for role in roles}
         groups: list[dict[str, Any]] = [{"params": roles[role], "lr": rates[role]} for role in roles if roles[role]]
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimiser = torch.optim.Adam(groups, foreach=True)
+        self.take_riemannian_step = RiemannianStep(
+            roles["manifold"], engine.manifold_step, engine.retraction, engine.landing_penalty
+        )
         self.peak_rates = [group["lr"] for group in self.optimiser.param_groups]
         self.noisy_sites = frozenset(name for name in self.guide.site_names if self._is_noisy(name))
         if engine.noise in TOKEN_SCOPES:
@@ -176,14 +180,14 @@ class TrainingRun:
         if engine.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, engine.max_grad_norm, torch.tensor(norm))
         self.consistent = False
-        self.optimiser.step()
+        self.take_riemannian_step(self.optimiser)
         if self.learns_scales and (learned := self.model.prior.scales):
             self.model.prior.update_scales(self.guide.second_moments(learned), (self.step + 1) / engine.steps)
         self.step += 1
         self._average()
         nll = self.elbo.terms["label"]
         kl = sum(value for name, value in self.elbo.terms.items() if name != "label") / engine.kl_weight
-        stats = StepStats(self.step, loss, nll, kl, norm)
+        stats = StepStats(self.step, loss, nll, kl, norm, **self.model.diagnostics(self.guide.mean()))
         self.history.append(stats)
         self.consistent = True
         return stats

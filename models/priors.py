@@ -13,6 +13,7 @@ from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from pyrolora.models.naming import nearest
 from pyrolora.models.sites import Site, SiteTable
+from pyrolora.models.uniform_stiefel import UniformStiefel
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,15 @@ class Prior:
     ) -> None:
         self.specification = specification
         patterns = specification if isinstance(specification, Mapping) else {"*": specification}
-        self.declared: dict[str, Declaration] = sites.assign(patterns, "prior")
+        own = {name: site.prior for name, site in sites.items() if site.prior is not None}
+        self.declared: dict[str, Declaration] = sites.assign(patterns, "prior", own)
         self.device, self.dtype = torch.device(device), dtype
         self.scales: dict[str, Tensor] = {}
         self._fixed: dict[str, TorchDistribution] = {}
         for name, declaration in self.declared.items():
-            if isinstance(declaration, Learned):
+            if declaration is sites[name].prior:
+                self._fixed[name] = declaration
+            elif isinstance(declaration, Learned):
                 self.scales[name] = torch.tensor(declaration.scale, device=self.device, dtype=dtype)
             elif isinstance(declaration, TorchDistributionMixin):
                 self._fixed[name] = fit_to_site(move(declaration, self.device, dtype), sites[name])
@@ -172,10 +176,15 @@ class Prior:
         Raises:
             ValueError: the prior was a callable, or names an unknown distribution.
         """
-        return {name: _rebuild(name, entry) for name, entry in description.items()}
+        # a site on a manifold brings its uniform prior with it
+        declared = {name: entry for name, entry in description.items() if entry["prior"] != "UniformStiefel"}
+        return {name: _rebuild(name, entry) for name, entry in declared.items()}
 
 
 def _flat(site: Site) -> TorchDistribution:
+    # on a compact manifold what is constant is proper
+    if site.prior is not None:
+        return site.prior
     return dist.ImproperUniform(dist.constraints.real, torch.Size(), site.shape)
 
 
@@ -197,6 +206,13 @@ def fit_to_site(declared: TorchDistribution, site: Site) -> TorchDistribution:
             f"{tuple(site.shape)} ({', '.join(site.dims)}). A scalar distribution such as Normal(0., 0.2) always does."
         )
     support = declared.support
+    if site.prior is not None:
+        if support == site.prior.support and not declared.batch_shape:
+            return declared
+        raise ValueError(
+            f"The prior of {site.name!r} is a {type(declared).__name__} with support {support}; the site lives on "
+            f"{site.support}. Leave it out of the patterns, and it keeps its {type(site.prior).__name__} prior."
+        )
     base = support
     while isinstance(base, dist.constraints.independent | MixtureSameFamilyConstraint):
         base = base.base_constraint
@@ -241,6 +257,8 @@ def _parameters(declared: TorchDistribution) -> dict[str, Tensor]:
 def _describe(declaration: Declaration) -> dict[str, Any]:
     if isinstance(declaration, Flat):
         return {"prior": "Flat"}
+    if isinstance(declaration, UniformStiefel):
+        return {"prior": "UniformStiefel", "shape": list(declaration.event_shape)}
     if isinstance(declaration, Learned):
         settings = {"scale": declaration.scale, "strength": declaration.strength, "after": declaration.after}
         return {"prior": "learned", **settings}

@@ -149,6 +149,13 @@ class BayesianModel:
         rows = self.num_data if num_data is None else num_data
         return observe_labels(logits, labels, None if index is None else index.to(logits.device), rows)
 
+    def diagnostics(self, draw: Mapping[str, Tensor]) -> dict[str, float]:
+        """What the adapters record of a draw at every training step; empty for most."""
+        figures: dict[str, float] = {}
+        for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
+            figures.update(adapter.diagnostics(sites, draw))
+        return figures
+
     def row_logits(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Tensor:
         """Class logits of each row; a draw with a leading dimension of ``groups`` serves ``groups`` equal runs of rows.
 

@@ -3,5 +3,6 @@
 from pyrolora.models.adapters.base import Adapter
 from pyrolora.models.adapters.last_layer import LastLayer
 from pyrolora.models.adapters.lora import LoRA
+from pyrolora.models.adapters.polar import PoLAR
 
-__all__ = ["Adapter", "LastLayer", "LoRA"]
+__all__ = ["Adapter", "LastLayer", "LoRA", "PoLAR"]

@@ -8,7 +8,7 @@ from pyrolora.inference.map import MAP
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.predictive import Predictive
 from pyrolora.inference.svi import SVI
-from pyrolora.models.adapters import Adapter, LastLayer, LoRA
+from pyrolora.models.adapters import Adapter, LastLayer, LoRA, PoLAR
 from pyrolora.models.backbones import Backbone, load_backbone
 from pyrolora.models.priors import Flat, learned
 from pyrolora.models.program import BayesianModel
@@ -33,6 +33,7 @@ __all__ = [
     "LoRA",
     "LowRank",
     "MeanField",
+    "PoLAR",
     "Point",
     "Posterior",
     "Predictive",
