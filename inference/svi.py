@@ -159,6 +159,10 @@ class SVI:
         """
         return TrainingRun(self, model, data, generator=generator, start=start)
 
+    def guide_for(self, model: BayesianModel, num_data: int) -> GuideSpecification:
+        """The guide of a model with so many training examples: the one that was given."""
+        return self.guide
+
     def to_dict(self) -> dict[str, Any]:
         """Settings, ready for JSON."""
         settings = {key: value for key, value in vars(self).items() if key not in ("guide", "checkpoint")}

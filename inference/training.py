@@ -4,7 +4,7 @@ import copy
 import hashlib
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -60,8 +60,9 @@ class TrainingRun:
         self.seed = engine.seed if generator is None else int(torch.randint(2**31, (), generator=generator))
         # a fit before this one may have moved the learned scales, from which guides start
         model.prior.reset_scales()
+        model.calibrate_prior(self.data)
         source = torch.Generator().manual_seed(self.seed)
-        self.guide = build_guide(engine.guide, model, start=start, generator=source)
+        self.guide = build_guide(engine.guide_for(model, len(self.data)), model, start=start, generator=source)
         roles = self.guide.parameters_by_role()
         rates = {role: engine.scale_learning_rate if role == "scale" else engine.learning_rate for role in roles}
         groups: list[dict[str, Any]] = [{"params": roles[role], "lr": rates[role]} for role in roles if roles[role]]
@@ -158,21 +159,13 @@ class TrainingRun:
         Raises:
             FloatingPointError: loss or gradient is not finite.
         """
-        engine, num_data = self.engine, len(self.data)
+        engine = self.engine
         factor = self._rate_factor(self.step)
         for group, rate in zip(self.optimiser.param_groups, self.peak_rates, strict=True):
             group["lr"] = rate * factor
         self.optimiser.zero_grad(set_to_none=True)
-        scopes: list[Messenger] = [TemperMessenger(num_data, engine.kl_weight)]
-        if engine.noise == "example" and self.noisy_sites:
-            scopes.append(NoiseMessenger(self.noisy_sites, batch["input_ids"].shape[0]))
-        elif engine.noise in TOKEN_SCOPES and self.noisy_sites:
-            scopes.append(TokenMessenger(self.noisy_sites, engine.noise))
-        run_model, run_guide = self.model.__call__, self.guide.__call__
-        for scope in scopes:
-            run_model, run_guide = scope(run_model), scope(run_guide)
         with self._seeded_step(), pyro.validation_enabled(False):
-            loss = self.elbo.loss_and_grads(run_model, run_guide, batch, num_data)
+            loss = self._backward(batch)
         grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = float(nn.utils.get_total_norm(grads))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -181,7 +174,7 @@ class TrainingRun:
             nn.utils.clip_grads_with_norm_(self.parameters, engine.max_grad_norm, torch.tensor(norm))
         self.consistent = False
         self.take_riemannian_step(self.optimiser)
-        if self.learns_scales and (learned := self.model.prior.scales):
+        if self.learns_scales and (learned := self.model.prior.learned_sites):
             self.model.prior.update_scales(self.guide.second_moments(learned), (self.step + 1) / engine.steps)
         self.step += 1
         self._average()
@@ -200,6 +193,22 @@ class TrainingRun:
             self.averages = [parameter.detach().clone() for parameter in self.parameters]
         elif seen > 1:
             torch._foreach_lerp_(self.averages, self.parameters, 1 / seen)
+
+    def _backward(self, batch: Mapping[str, Tensor]) -> float:
+        """Loss of a batch in nats per example, its gradients in place and its terms in ``self.elbo``."""
+        run_model, run_guide = self._scoped(self.model.__call__, batch), self._scoped(self.guide.__call__, batch)
+        return self.elbo.loss_and_grads(run_model, run_guide, batch, len(self.data))
+
+    def _scoped(self, program: Callable[..., Any], batch: Mapping[str, Tensor]) -> Callable[..., Any]:
+        """A model or guide under this fit's temperature and noise."""
+        scopes: list[Messenger] = [TemperMessenger(len(self.data), self.engine.kl_weight)]
+        if self.engine.noise == "example" and self.noisy_sites:
+            scopes.append(NoiseMessenger(self.noisy_sites, batch["input_ids"].shape[0]))
+        elif self.engine.noise in TOKEN_SCOPES and self.noisy_sites:
+            scopes.append(TokenMessenger(self.noisy_sites, self.engine.noise))
+        for scope in scopes:
+            program = scope(program)
+        return program
 
     def _rate_factor(self, step: int) -> float:
         """Linear rise over the warm-up, then linear fall that would reach zero after the last step."""

@@ -7,7 +7,7 @@ from typing import Any
 import pyro.distributions as dist
 
 from pyrolora.models.naming import nearest
-from pyrolora.models.priors import Declaration, Flat, learned
+from pyrolora.models.priors import Declaration, Flat, learned, logit_scale
 
 
 def _in_floats(family: Any) -> Callable[..., Declaration]:
@@ -22,6 +22,7 @@ def _in_floats(family: Any) -> Callable[..., Declaration]:
 PRIORS: dict[str, Callable[..., Declaration]] = {
     "Flat": Flat,
     "learned": learned,
+    "logit_scale": logit_scale,
     **{family.__name__: _in_floats(family) for family in (dist.Normal, dist.Laplace, dist.StudentT, dist.Cauchy)},
 }
 

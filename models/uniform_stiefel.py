@@ -1,6 +1,5 @@
 """The constraint of orthonormal columns, and the uniform distribution under it."""
 
-import math
 from typing import Any
 
 import pyro.distributions as dist
@@ -37,8 +36,7 @@ class UniformStiefel(dist.TorchDistribution):
 
         pyro.sample("q_proj.polar_X", UniformStiefel(30, 576, 8))
 
-    Densities are with respect to the invariant measure of the Euclidean metric, whose total is
-    ``2^rank pi^(rows rank / 2) / Gamma_rank(rows / 2)``.
+    Densities are with respect to this distribution itself, the invariant probability measure: its own is one everywhere.
 
     Source: Chikuse, "Statistics on Special Manifolds", 2003, section 1.4.
 
@@ -69,23 +67,11 @@ class UniformStiefel(dist.TorchDistribution):
         return uniform_point(*sample_shape, *self.event_shape, dtype=self.dtype, device=self.device)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Minus the logarithm of the manifold's volume, nats, ``sample_shape``."""
-        shape = value.shape[: value.dim() - len(self.event_shape)]
-        return value.new_full(shape, -math.prod(self.event_shape[:-2]) * log_volume(*self.event_shape[-2:]))
+        """Zero, ``sample_shape``: a uniform prior pulls nowhere."""
+        return value.new_zeros(value.shape[: value.dim() - len(self.event_shape)])
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "UniformStiefel":
         """Only the empty batch shape; draws are asked for through the sample shape."""
         if torch.Size(batch_shape):
             raise NotImplementedError("UniformStiefel has no batch shape; ask for draws with sample((n,)).")
         return self
-
-
-def log_volume(rows: int, rank: int) -> float:
-    """Logarithm of the volume of the manifold in the Euclidean metric of its tangent vectors.
-
-    The circle (2, 1) has 2 pi. Chikuse's measure counts a pair of off-diagonal entries of a skew block once where the
-    Euclidean metric counts it twice, which is the last term.
-    """
-    gamma = torch.special.multigammaln(torch.tensor(rows / 2, dtype=torch.float64), rank)
-    chikuse = rank * math.log(2) + 0.5 * rows * rank * math.log(math.pi) - float(gamma)
-    return chikuse + 0.25 * rank * (rank - 1) * math.log(2)
