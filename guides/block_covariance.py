@@ -131,12 +131,15 @@ class BlockNormal(RowNormal):
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 - immutable
         """Reparameterised draws, ``(*sample_shape, *event_shape)``."""
         noise = self.noise(sample_shape, *self.loc.shape)
-        return self.loc + (self.scale_tril @ noise[..., None])[..., 0]
+        return self.loc + torch.einsum("kde,...ke->...kd", self.scale_tril, noise)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density in nats, ``sample_shape``."""
-        away = torch.linalg.solve_triangular(self.scale_tril, (value - self.loc)[..., None], upper=False)
-        return -0.5 * away.square().sum((-3, -2, -1)) - self._log_volume() - self.volume_of_unit()
+        # rows first, draws as columns of one solve: a broadcast solve would copy the factors for every draw
+        flat = (value - self.loc).reshape(-1, *self.loc.shape).permute(1, 2, 0)
+        away = torch.linalg.solve_triangular(self.scale_tril, flat, upper=False).square().sum((0, 1))
+        misfit = away.reshape(value.shape[: value.dim() - 2])
+        return -0.5 * misfit - self._log_volume() - self.volume_of_unit()
 
     def entropy(self) -> Tensor:
         """Entropy in nats."""
@@ -155,8 +158,18 @@ def _project(distribution: BlockNormal, jacobian: Tensor) -> Tensor:
     return rows @ rows.mT
 
 
+def unit_free_tril(log_diag: Tensor, lower: Tensor) -> Tensor:
+    """``D (I + L)``: a Cholesky factor whose entries below the diagonal have no unit, so that one learning rate suits them.
+
+    Shape:
+        log_diag ``(..., weights)``, lower ``(..., weights, weights)``, of which only what is below the diagonal counts
+    """
+    eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+    return log_diag.exp()[..., None] * (lower.tril(-1) + eye)
+
+
 class BlockCovarianceFactor(Factor):
-    """Mean, and each row's Cholesky factor with its diagonal in logarithm."""
+    """Mean, and each row's Cholesky factor: the logarithm of its diagonal, and what is below over the diagonal of its line."""
 
     roles: ClassVar = {"loc": "loc", "log_diag": "scale", "lower": "scale"}
 
@@ -169,13 +182,14 @@ class BlockCovarianceFactor(Factor):
     @property
     def scale_tril(self) -> Tensor:
         """Lower Cholesky factors of the covariances, ``(rows, weights, weights)``."""
-        return self.lower.tril(-1) + torch.diag_embed(self.log_diag.exp())
+        return unit_free_tril(self.log_diag, self.lower)
 
     @torch.no_grad()
     def set_scale_tril(self, scale_tril: Tensor) -> None:
         """Take over lower Cholesky factors, ``(rows, weights, weights)``."""
-        self.lower.copy_(scale_tril.tril(-1))
-        self.log_diag.copy_(scale_tril.diagonal(dim1=-2, dim2=-1).log())
+        diagonal = scale_tril.diagonal(dim1=-2, dim2=-1)
+        self.lower.copy_(scale_tril.tril(-1) / diagonal[..., None])
+        self.log_diag.copy_(diagonal.log())
 
     def distribution(self) -> BlockNormal:
         """See `Factor.distribution`."""

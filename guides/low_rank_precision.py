@@ -19,7 +19,7 @@ from pyrolora.models.sites import Site
 
 @dataclass(frozen=True)
 class LowRankPrecision(Family):
-    """Normal with precision ``diag(d) + U U'`` for each row of a site, rows independent.
+    """Normal with a diagonal plus rank-r precision for each row of a site, rows independent.
 
     Usage::
 
@@ -30,9 +30,8 @@ class LowRankPrecision(Family):
     low-rank *covariance* of the same size does not come close. The KL costs O(weights * rank^2).
 
     Args:
-        rank: columns of U.
-        init_scale: standard deviation of a weight at the start; None starts at the prior's own. U starts so that each
-            column takes a hundredth of a unit of precision.
+        rank: rank of what is added to the diagonal of the precision.
+        init_scale: standard deviation of a weight at the start; None starts at the prior's own, with next to nothing added.
 
     Raises:
         ValueError: a rank below 1, or ``init_scale`` not positive.
@@ -59,15 +58,15 @@ class LowRankPrecision(Family):
 
 
 class LowRankPrecisionNormal(RowNormal):
-    """Normal over a matrix whose rows are independent, each with precision ``diag(d) + U U'``.
+    """Normal over a matrix whose rows are independent, each with precision ``D^(1/2) (I + A A') D^(1/2)``.
 
-    Everything goes through ``A = D^(-1/2) U``, the Cholesky factor R of ``I + A' A`` and ``B = A R^(-T)``, for which the
-    covariance is ``D^(-1/2) (I - B B') D^(-1/2)``.
+    Everything goes through the Cholesky factor R of ``I + A' A`` and ``B = A R^(-T)``, for which the covariance is
+    ``D^(-1/2) (I - B B') D^(-1/2)``.
 
     Args:
         loc: mean.
-        factor: U.
-        log_precision: logarithm of d.
+        factor: A, without a unit, so that one learning rate suits it at any scale of the weights.
+        log_precision: logarithm of the diagonal of D.
 
     Shape:
         loc and log_precision ``(rows, weights)``, factor ``(rows, weights, rank)``
@@ -75,10 +74,9 @@ class LowRankPrecisionNormal(RowNormal):
 
     def __init__(self, loc: Tensor, factor: Tensor, log_precision: Tensor) -> None:
         self.factor, self.log_precision = factor, log_precision
-        self.scaled = factor * (-0.5 * log_precision).exp()[..., None]
         eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-        self.root = torch.linalg.cholesky(eye + self.scaled.mT @ self.scaled)
-        self.removed = torch.linalg.solve_triangular(self.root, self.scaled.mT, upper=False).mT
+        self.root = torch.linalg.cholesky(eye + self.factor.mT @ self.factor)
+        self.removed = torch.linalg.solve_triangular(self.root, self.factor.mT, upper=False).mT
         super().__init__(loc)
 
     @property
@@ -95,15 +93,16 @@ class LowRankPrecisionNormal(RowNormal):
         """Reparameterised draws, ``(*sample_shape, *event_shape)``."""
         # noise with the precision for its covariance, divided by the precision
         common = self.noise(sample_shape, *self.factor.shape[::2])
-        whole = self.noise(sample_shape, *self.loc.shape) + (self.scaled @ common[..., None])[..., 0]
-        inside = (self.removed @ (self.removed.mT @ whole[..., None]))[..., 0]
+        whole = self.noise(sample_shape, *self.loc.shape) + torch.einsum("kdr,...kr->...kd", self.factor, common)
+        along = torch.einsum("kdr,...kd->...kr", self.removed, whole)
+        inside = torch.einsum("kdr,...kr->...kd", self.removed, along)
         return self.loc + (-0.5 * self.log_precision).exp() * (whole - inside)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density in nats, ``sample_shape``."""
-        away = value - self.loc
-        along = (self.factor.mT @ away[..., None]).square().sum((-3, -2, -1))
-        misfit = (away.square() * self.log_precision.exp()).sum((-2, -1)) + along
+        away = (value - self.loc) * (0.5 * self.log_precision).exp()
+        along = torch.einsum("kdr,...kd->...kr", self.factor, away).square().sum((-2, -1))
+        misfit = away.square().sum((-2, -1)) + along
         return -0.5 * misfit - self._log_volume() - self.volume_of_unit()
 
     def entropy(self) -> Tensor:
@@ -137,7 +136,7 @@ class LowRankPrecisionFactor(Factor):
         # a generator of its own, so that building a guide leaves a user's random state alone
         source = torch.Generator().manual_seed(0)
         noise = torch.randn(*scale.shape, rank, dtype=torch.float64, generator=source)
-        self.factor = nn.Parameter(0.1 * noise.to(scale) / (scale.shape[-1] ** 0.5 * scale[..., None]))
+        self.factor = nn.Parameter(0.1 * noise.to(scale) / scale.shape[-1] ** 0.5)
 
     @torch.no_grad()
     def set_precision(self, log_precision: Tensor, factor: Tensor) -> None:

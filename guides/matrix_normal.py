@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import register_kl
 
 from pyrolora.guides.base import Factor, Family
-from pyrolora.guides.block_covariance import MOST_ENTRIES, RowNormal, require_matrix
+from pyrolora.guides.block_covariance import MOST_ENTRIES, RowNormal, require_matrix, unit_free_tril
 from pyrolora.guides.mean_field import require_positive, starting_scale
 from pyrolora.guides.normal_kl import kl_to_factorised_normal
 from pyrolora.guides.projection import projected_covariance
@@ -124,8 +124,8 @@ class MatrixNormalFactor(Factor):
 
     def distribution(self) -> MatrixNormalDistribution:
         """See `Factor.distribution`."""
-        row_tril = self.row_lower.tril(-1) + self.row_log_diag.exp().diag()
-        column_tril = self.column_lower.tril(-1) + self.column_log_diag.exp().diag()
+        row_tril = unit_free_tril(self.row_log_diag, self.row_lower)
+        column_tril = unit_free_tril(self.column_log_diag, self.column_lower)
         return MatrixNormalDistribution(self.loc, row_tril, column_tril)
 
     def mean(self) -> Tensor:

@@ -63,13 +63,11 @@ class TrainingRun:
         model.calibrate_prior(self.data)
         source = torch.Generator().manual_seed(self.seed)
         self.guide = build_guide(engine.guide_for(model, len(self.data)), model, start=start, generator=source)
-        roles = self.guide.parameters_by_role()
-        rates = {role: engine.scale_learning_rate if role == "scale" else engine.learning_rate for role in roles}
-        groups: list[dict[str, Any]] = [{"params": roles[role], "lr": rates[role]} for role in roles if roles[role]]
+        groups = self._parameter_groups()
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimiser = torch.optim.Adam(groups, foreach=True)
         self.take_riemannian_step = RiemannianStep(
-            roles["manifold"], engine.manifold_step, engine.retraction, engine.landing_penalty
+            self.guide.parameters_by_role()["manifold"], engine.manifold_step, engine.retraction, engine.landing_penalty
         )
         self.peak_rates = [group["lr"] for group in self.optimiser.param_groups]
         self.noisy_sites = frozenset(name for name in self.guide.site_names if self._is_noisy(name))
@@ -93,6 +91,12 @@ class TrainingRun:
     def _is_noisy(self, name: str) -> bool:
         factor = dict(self.guide.items())[name]
         return name in self.model.adapter_sites and "scale" in factor.roles.values()
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Parameters and the peak learning rate of each group."""
+        roles, engine = self.guide.parameters_by_role(), self.engine
+        rates = {role: engine.scale_learning_rate if role == "scale" else engine.learning_rate for role in roles}
+        return [{"params": roles[role], "lr": rates[role]} for role in roles if roles[role]]
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with this run for resuming to make sense."""

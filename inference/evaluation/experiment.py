@@ -17,7 +17,7 @@ import yaml
 from pyrolora.guides import Point, build_guide
 from pyrolora.inference.evaluation.cost import Cost, measure_cost
 from pyrolora.inference.evaluation.harness import evaluate
-from pyrolora.inference.evaluation.methods import METHODS, Method
+from pyrolora.inference.evaluation.methods import ENGINES, METHODS, Method
 from pyrolora.inference.evaluation.report import Report
 from pyrolora.inference.laplace import Laplace
 from pyrolora.inference.posterior import Posterior
@@ -323,7 +323,10 @@ class Cell:
     def model(self, backbone: Backbone, data: Task) -> BayesianModel:
         """The method's model: the experiment's adapter and its own, under its prior."""
         method = self.config.method(self.name)
-        adapters = [declared(text, Adapter.registered, "adapter") for text in (self.config.adapter, *method.adapters)]
+        adapters = [
+            declared(text, Adapter.registered, "adapter")
+            for text in (method.adapter or self.config.adapter, *method.adapters)
+        ]
         return BayesianModel(backbone, data, adapter=adapters, prior=declared_prior(method.prior))
 
     def posterior(self, backbone: Backbone, data: Task, fitted: dict[str, Posterior], progress: bool) -> Posterior:
@@ -354,7 +357,8 @@ class Cell:
             if "cost" in fitted[method.estimate].record:
                 before = Cost.from_dict(fitted[method.estimate].record["cost"])
         training = self.folder.with_name(self.folder.name + ".training")
-        seeded = {"checkpoint": training} | ({} if method.engine == "Laplace" else {"seed": self.seed})
+        taken = {entry.name for entry in fields(ENGINES[method.engine])}
+        seeded = {key: value for key, value in (("checkpoint", training), ("seed", self.seed)) if key in taken}
         engine = method.make_engine(**seeded)
         if isinstance(engine, Laplace):
             if engine.precision == "validation":

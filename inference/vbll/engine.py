@@ -55,6 +55,7 @@ class VBLL(SVI):
         refit: objective of the last fit of the head on cached features, ``"laplace"`` to keep its mean and take the
             inverse of each class's block of the Hessian for its covariance, or ``"none"``.
         mode: ``"alternating"`` or ``"joint"``.
+        head_learning_rate: Adam's rate for the mean of ``head.weight``, in units of its prior's standard deviation.
         head_steps: head steps for every step of the rest, in alternating mode.
         objective_draws: logit draws of ``"mc"``.
         warm_start: fit the head to the network as it starts before the first step.
@@ -71,6 +72,7 @@ class VBLL(SVI):
     objective: str = field(default="jensen", metadata={"help": ", ".join(OBJECTIVES)})
     refit: str = field(default="tilted", metadata={"help": ", ".join(REFITS)})
     mode: str = field(default="alternating", metadata={"help": ", ".join(MODES)})
+    head_learning_rate: float = field(default=0.02, metadata={"help": "rate of the head's mean, in prior deviations"})
     head_steps: int = field(default=5, metadata={"help": "head steps for every step of the rest"})
     objective_draws: int = field(default=32, metadata={"help": "logit draws of the mc objective"})
     warm_start: bool = field(default=True, metadata={"help": "fit the head before the first step"})
@@ -90,6 +92,8 @@ class VBLL(SVI):
                     f"Unknown {name} {value!r} for VBLL. Did you mean {nearest(str(value), valid)!r}? "
                     f"Choices: {', '.join(valid)}."
                 )
+        if not self.head_learning_rate > 0:
+            raise ValueError(f"head_learning_rate must be positive; got {self.head_learning_rate}. Try 0.02.")
         for name in ("head_steps", "objective_draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
@@ -145,6 +149,11 @@ class VBLL(SVI):
             specification: Mapping[str, Family] = {HEAD: family_for(LastLayerHead(model), num_data)}
         else:
             specification = {HEAD: self.guide} if isinstance(self.guide, Family) else self.guide
+        for pattern, family in specification.items():
+            if isinstance(family, Point) and model.sites[HEAD].matches(pattern):
+                raise ValueError(
+                    "VBLL needs a Normal posterior of head.weight; got Point(). Use MAP for a point estimate."
+                )
         matched = {site.name for pattern in specification for site in model.sites.matching(pattern)}
         return {**specification, **{name: Point() for name in model.sites if name not in matched}}
 

@@ -98,8 +98,9 @@ def optimum(
     complete: Complete,
     objective: Objective,
     *,
-    steps: int = 200,
+    steps: int = 60,
     tolerance: float = 1e-10,
+    polish_steps: int = 1000,
     start: GaussianRows | None = None,
 ) -> tuple[GaussianRows, float]:
     """Minimise ``KL - sum_n objective_n`` over Normals that factorise over rows; the loss never rises.
@@ -115,8 +116,10 @@ def optimum(
         white: the same in whitened coordinates.
         complete: adds the fixed part of the logits, see `LastLayerHead.complete`.
         objective: what to maximise; ``"mc"`` with common random numbers.
-        steps: steps at most.
+        steps: natural-gradient steps at most.
         tolerance: relative decrease of the loss at which to stop.
+        polish_steps: L-BFGS steps at most, where the others have not converged: Jensen's bound has a direction, the shift of
+            all classes, along which natural gradients crawl.
         start: where to start; the prior by default.
 
     Returns:
@@ -140,8 +143,47 @@ def optimum(
         small = small + 1 if decrease < tolerance * (1 + abs(state.loss)) else 0
         if small == 3:
             break
+    else:
+        if polish_steps:
+            state = _polish(data, white, complete, objective, state, polish_steps, tolerance)
     logger.debug("natural gradient: %d steps, loss %.6f", taken, state.loss)
     return state.rows, state.loss
+
+
+def _polish(
+    data: HeadData,
+    white: Whitened,
+    complete: Complete,
+    objective: Objective,
+    state: _State,
+    steps: int,
+    tolerance: float,
+) -> _State:
+    """L-BFGS over the same means and data weights, the weights in logarithm."""
+    mean = state.rows.mean.clone().requires_grad_()
+    log_curvature = state.rows.curvature.clamp_min(1e-12).log().requires_grad_()
+    optimiser = torch.optim.LBFGS(
+        (mean, log_curvature), max_iter=steps, max_eval=2 * steps, history_size=50, line_search_fn="strong_wolfe",
+        tolerance_grad=1e-7, tolerance_change=tolerance,
+    )  # fmt: skip
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        rows = GaussianRows(mean, log_curvature.exp())
+        roots = rows.roots(white.inputs)
+        solved = torch.linalg.solve_triangular(roots, white.inputs.mT.expand(len(roots), -1, -1), upper=False)
+        moments = LogitMoments(white.inputs @ mean.mT + white.offset, solved.square().sum(-2).mT)
+        with common_random_numbers(data.inputs.device):
+            likelihood = data.weight * objective(complete(moments, data.offset), data.labels).sum()
+        loss = standard_divergence(mean, roots) - likelihood
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimiser.step(closure)
+    polished = GaussianRows(mean.detach(), log_curvature.detach().exp())
+    found = _evaluate(data, white, complete, objective, polished)
+    return found if found.loss < state.loss else state
 
 
 def _moved(white: Whitened, state: _State, length: float) -> GaussianRows:

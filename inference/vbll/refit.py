@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 from typing import Any
 
 import pyro.distributions as dist
@@ -121,8 +122,9 @@ def place(factor: Factor, white: Whitened, rows: GaussianRows, keep_mean: bool =
         kept = min(factor.factor.shape[-1], values.shape[-1])
         columns = white.basis @ (vectors * values.clamp_min(0).sqrt()[..., None, :])
         left_out = columns[..., : values.shape[-1] - kept].square().sum(-1)
-        precision = (1 + left_out) / white.scale**2
-        factor.set_precision(precision.log(), columns[..., values.shape[-1] - kept :] / white.scale)
+        precision = 1 + left_out
+        columns = columns[..., values.shape[-1] - kept :] * precision.rsqrt()[..., None]
+        factor.set_precision(precision.log() - 2 * math.log(white.scale), columns)
         return kept == values.shape[-1]
     return False
 

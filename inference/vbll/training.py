@@ -56,6 +56,17 @@ class LastLayerRun(TrainingRun):
         if self.step == 0 and engine.warm_start:
             self._warm_up()
 
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        factor = self.head.factor(self.guide)
+        means = [parameter for name, parameter in factor.named_parameters() if factor.roles[name] != "scale"]
+        rest = [
+            {**group, "params": [one for one in group["params"] if not any(one is mean for mean in means)]}
+            for group in super()._parameter_groups()
+        ]
+        # weights of the head are as large as its prior allows, which depends on the length of the features
+        rate = self.engine.head_learning_rate * float(self.head.normal_prior()[1].mean())
+        return [group for group in rest if group["params"]] + [{"params": means, "lr": rate}]
+
     def _is_noisy(self, name: str) -> bool:
         # the head is integrated out: it needs no draw for every example
         return name != HEAD and super()._is_noisy(name)
