@@ -169,7 +169,7 @@ def unit_free_tril(log_diag: Tensor, lower: Tensor) -> Tensor:
 
 
 class BlockCovarianceFactor(Factor):
-    """Mean, and each row's Cholesky factor: the logarithm of its diagonal, and what is below over the diagonal of its line."""
+    """Mean, and each row's Cholesky factor: its diagonal in logarithm, what is below it over the diagonal of its line."""
 
     roles: ClassVar = {"loc": "loc", "log_diag": "scale", "lower": "scale"}
 

@@ -7,8 +7,7 @@ from typing import Any
 import arviz
 import torch
 import xarray
-from pyro.infer import MCMC
-from pyro.infer import NUTS as PyroNUTS
+from pyro import infer
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -134,11 +133,11 @@ class NUTS:
         target = _Target(head, data, white, rows)
         kept, divergences = [], 0
         for _ in tqdm(range(self.chains), desc="chains", disable=not progress, leave=False):
-            kernel = PyroNUTS(
+            kernel = infer.NUTS(
                 potential_fn=target.potential, adapt_mass_matrix=False, target_accept_prob=self.target_accept
             )
             start = {"whitened": torch.randn(target.mean.shape).to(target.mean)}
-            sampler = MCMC(
+            sampler = infer.MCMC(
                 kernel, self.draws, self.warmup, initial_params=start, disable_progbar=not progress, num_chains=1
             )
             sampler.run()
@@ -154,8 +153,8 @@ class NUTS:
 class _Target:
     """The posterior in coordinates where Laplace's approximation of it, contrast by contrast, is standard Normal.
 
-    A shift of all rows changes no probability, so under an isotropic prior the posterior of the rows' common part is its prior,
-    independent of everything else: only contrasts between the rows are sampled.
+    A shift of all rows changes no probability, so under an isotropic prior the posterior of the rows' common part is its
+    prior, independent of everything else: only contrasts between the rows are sampled.
     """
 
     def __init__(self, head: LastLayerHead, data: HeadData, white: Whitened, rows: GaussianRows) -> None:

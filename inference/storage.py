@@ -243,8 +243,10 @@ def _check_backbone(folder: Path, config: dict[str, Any], backbone: Backbone) ->
 def _posterior_class(name: str) -> type["Posterior"]:
     from pyrolora.inference.laplace import LaplacePosterior
     from pyrolora.inference.posterior import Posterior
+    from pyrolora.inference.vbll import LastLayerPosterior
 
-    known: dict[str, type[Posterior]] = {kind.__name__: kind for kind in (Posterior, LaplacePosterior)}
+    kinds = (Posterior, LaplacePosterior, LastLayerPosterior)
+    known: dict[str, type[Posterior]] = {kind.__name__: kind for kind in kinds}
     if name not in known:
         raise ValueError(f"Unknown kind of posterior {name!r}; expected one of {', '.join(known)}.")
     return known[name]

@@ -101,8 +101,8 @@ class SiteTable(Mapping[str, Site]):
         """Give every site exactly one value of a ``{glob pattern: value}`` mapping.
 
         Args:
-            patterns: the mapping, such as ``{"*.lora_A": Normal(0, 1), "*.lora_B": Flat()}``; a lone ``"*"`` is meant for
-                the sites without a default.
+            patterns: the mapping, such as ``{"*.lora_A": Normal(0, 1), "*.lora_B": Flat()}``; a pattern
+                that matches sites with and without a default is meant for those without.
             what: what is being assigned ("prior", "guide"), for the error message.
             defaults: site name -> value of a site that no pattern needs to match.
 
@@ -115,7 +115,9 @@ class SiteTable(Mapping[str, Site]):
         assigned: dict[str, tuple[str, Value]] = {}
         defaults = defaults or {}
         for pattern, value in patterns.items():
-            matched = [site for site in self.matching(pattern) if pattern != "*" or site.name not in defaults]
+            matched = self.matching(pattern)
+            # what also matches ordinary sites is meant for those
+            matched = [site for site in matched if site.name not in defaults] or matched
             if not matched:
                 raise ValueError(
                     f"The {what} pattern {pattern!r} matches no site. Did you mean {nearest(pattern, self)!r}? "

@@ -53,8 +53,8 @@ class Generative:
         posterior = Generative().fit(features, labels)
         posterior.predict(test_features), posterior.log_marginal(test_features)
 
-    The bound is ``log N(x; m_y, noise) - tr(noise^-1 S_y) / 2 + log p(y) - logsumexp_k(log N(x; m_k, noise + S_k) + log p(k))``
-    summed over examples, minus the KL of the class means to their prior.
+    The bound is ``log N(x; m_y, noise) - tr(noise^-1 S_y) / 2 + log p(y)`` minus
+    ``logsumexp_k(log N(x; m_k, noise + S_k) + log p(k))``, summed over examples, minus the KL of the class means.
 
     Source: Harrison, Willes and Snoek, "Variational Bayesian Last Layers", 2024, section 3.3; here with any class prior.
 

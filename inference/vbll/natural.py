@@ -10,10 +10,11 @@ from torch import Tensor
 
 from pyrolora.guides.vbll import LogitMoments
 from pyrolora.inference.last_layer import HeadData
-from pyrolora.inference.vbll.objectives import Objective
 
 logger = logging.getLogger(__name__)
 
+# expected log-likelihood of labels under Gaussian logits, such as `Objective`
+Likelihood = Callable[[LogitMoments, Tensor], Tensor]
 Complete = Callable[[LogitMoments, Tensor], LogitMoments]
 # halvings of a step that does not lower the loss
 MOST_HALVINGS = 30
@@ -96,7 +97,7 @@ def optimum(
     data: HeadData,
     white: Whitened,
     complete: Complete,
-    objective: Objective,
+    objective: Likelihood,
     *,
     steps: int = 60,
     tolerance: float = 1e-10,
@@ -154,7 +155,7 @@ def _polish(
     data: HeadData,
     white: Whitened,
     complete: Complete,
-    objective: Objective,
+    objective: Likelihood,
     state: _State,
     steps: int,
     tolerance: float,
@@ -195,7 +196,7 @@ def _moved(white: Whitened, state: _State, length: float) -> GaussianRows:
     return replace(moved, mean=state.rows.mean + length * change)
 
 
-def _evaluate(data: HeadData, white: Whitened, complete: Complete, objective: Objective, rows: GaussianRows) -> _State:
+def _evaluate(data: HeadData, white: Whitened, complete: Complete, objective: Likelihood, rows: GaussianRows) -> _State:
     roots = rows.roots(white.inputs)
     mean = (white.inputs @ rows.mean.mT + white.offset).requires_grad_()
     solved = torch.linalg.solve_triangular(roots, white.inputs.mT.expand(len(roots), -1, -1), upper=False)

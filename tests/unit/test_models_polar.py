@@ -128,7 +128,8 @@ class TestSites:
 
     def test_any_guide_of_the_core_goes_with_points_at_the_factors(self, three_topics_model):
         model = three_topics_model(adapter=PoLAR(rank=2))
-        for specification in (MeanField(), {"*theta": MeanField()}, {"*theta": MeanField(), "*_[XY]": Point()}):
+        both = {"*theta": MeanField(), "*_[XY]": Point()}
+        for specification in (MeanField(), {"*theta": MeanField()}, both, {"*.polar_*": MeanField()}):
             guide = build_guide(specification, model)
             draws = guide.sample(2)
             assert torch.equal(*draws["q_proj.polar_X"])

@@ -189,8 +189,8 @@ class TestRefit:
             covariance = root @ root.mT
             expected = torch.linalg.inv(hessian[block, block])
             assert (covariance - expected).abs().max() < 1e-8 * expected.abs().max()
-            # the blocks of the inverse are another thing: much wider
-            assert (whole[block, block].diagonal().sum() / expected.diagonal().sum()) > 1.02
+            # the blocks of the inverse are another thing, and the comparison above tells them apart
+            assert (whole[block, block] - expected).abs().max() > 1e-3 * expected.abs().max()
 
     def test_a_learned_prior_scale_moves_to_its_optimum(self, make):
         prior = {**PRIOR, "head.weight": logit_scale(2.0, learned=True)}

@@ -1,6 +1,7 @@
 """The optimum of a last layer's posterior: conjugate algebra, stationarity, order of bounds, regression, generative head."""
 
 import math
+from itertools import pairwise
 
 import pyro.distributions as dist
 import pytest
@@ -158,7 +159,7 @@ class TestSoftmax:
             losses.append(
                 optimum(data, white, complete, Objective(name), steps=steps, tolerance=0.0, polish_steps=0)[1]
             )
-        assert all(after <= before + 1e-10 for before, after in zip(losses, losses[1:], strict=False))
+        assert all(after <= before + 1e-10 for before, after in pairwise(losses))
         assert losses[-1] < losses[0] - 0.1
 
     def test_order_of_bounds_and_of_what_they_find(self):

@@ -63,6 +63,7 @@ def test_regression_with_several_outputs_is_wrong_there_and_right_here():
     """They average over outputs and multiply the variance by the summed precision; one output agrees."""
     for outputs, agree in ((1, True), (3, False)):
         layer = vbll.Regression(WEIGHTS, outputs, 1 / EXAMPLES, parameterization="dense")
+        layer.noise_logdiag.data.normal_(std=0.3)
         features, targets = torch.randn(EXAMPLES, WEIGHTS), torch.randn(EXAMPLES, outputs)
         q = BlockNormal(
             layer.W_mean.detach(),
@@ -84,7 +85,9 @@ def test_regression_with_several_outputs_is_wrong_there_and_right_here():
 
 def test_their_low_rank_log_determinant_overflows_and_ours_does_not():
     theirs = vbll.utils.distributions.LowRankNormal(
-        torch.zeros(4096, dtype=torch.float32), torch.randn(4096, 50, dtype=torch.float32), torch.full((4096,), 1e-2)
+        torch.zeros(4096, dtype=torch.float32),
+        torch.randn(4096, 50, dtype=torch.float32),
+        torch.full((4096,), 1e-4).float(),
     )
     assert not bool(torch.isfinite(theirs.logdet_covariance))
     factor = torch.randn(1, 4096, 50, dtype=torch.float32)
