@@ -195,14 +195,14 @@ class Posterior:
 
         return predict_batch
 
-    def _gaussian_logits(self, linear: bool) -> Callable[[Batch], tuple[Tensor, Tensor]]:
+    def _gaussian_logits(self, linear: bool) -> Callable[..., tuple[Tensor, Tensor]]:
         """Mean and covariance of a batch's logits: of the linearised network, or exact where it is linear anyway."""
         if not linear:
             return Linearised(self.model, self.guide)
         head, mean = LastLayerHead(self.model), self.mean()
         q = head.factor(self.guide).distribution()
 
-        def moments(batch: Batch) -> tuple[Tensor, Tensor]:
+        def moments(batch: Batch, contrasts: bool = False) -> tuple[Tensor, Tensor]:
             found = head.moments(q, self.model.features(batch, mean))
             return found.mean, found.covariance
 

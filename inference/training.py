@@ -24,6 +24,7 @@ from pyrolora.inference.noise import TOKEN_SCOPES, NoiseMessenger, TemperMesseng
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.riemannian import RiemannianStep
 from pyrolora.models.program import BayesianModel
+from pyrolora.models.stiefel import project
 from pyrolora.models.tasks import EncodedSplit, Split
 from pyrolora.models.trunk import TrunkCache
 
@@ -264,6 +265,9 @@ class TrainingRun:
             with torch.no_grad():
                 for mine, copied in zip(self.guide.parameters(), guide.parameters(), strict=True):
                     copied.copy_(averages[id(mine)])
+                # a mean of orthonormal factors is none
+                for point in guide.parameters_by_role()["manifold"]:
+                    point.copy_(project(point))
         return Posterior(self.model, guide, record)
 
 

@@ -206,15 +206,15 @@ class Prior:
             self.scales[name].fill_(scale)
 
     def update_scales(self, second_moments: Mapping[str, Tensor], progress: float) -> None:
-        """Closed-form empirical-Bayes step for every learned scale.
+        """Closed-form empirical-Bayes step for the learned scales of some sites.
 
         Args:
-            second_moments: site name -> mean over the site's weights of E_q[w^2].
+            second_moments: site name -> mean over the site's weights of E_q[w^2]; scales of other sites stay as they are.
             progress: fraction of the training steps done; sites whose ``after`` lies beyond it stay as they are.
         """
-        for name, scale in self.scales.items():
-            declaration = self.declared[name]
-            if isinstance(declaration, Learned) and progress >= declaration.after and not declaration.fixed:
+        for name in self.learned_sites:
+            declaration, scale = self.declared[name], self.scales[name]
+            if isinstance(declaration, Learned) and progress >= declaration.after and name in second_moments:
                 centre = self._centres[name]
                 pooled = declaration.strength * centre**2 + second_moments[name]
                 # all means may collapse when nothing holds the scale up; a Normal of no width would then be NaN

@@ -96,10 +96,14 @@ def _logit_statistics(posterior: Posterior, data: Split | EncodedSplit, seed: in
 
 
 def _check_same_features(gold: Posterior, name: str, posterior: Posterior) -> None:
+    if gold.model.backbone.fingerprint != posterior.model.backbone.fingerprint:
+        raise ValueError(
+            f"The posterior {name!r} belongs to another network than the gold standard, so they see other features. Fit both "
+            "on one backbone."
+        )
     ours, theirs = gold.mean(), posterior.mean()
-    fingerprints = (gold.model.backbone.fingerprint, posterior.model.backbone.fingerprint)
-    for site in (name_ for name_ in ours if name_ != HEAD):
-        if fingerprints[0] != fingerprints[1] or site not in theirs or not torch.equal(ours[site], theirs[site]):
+    for site in ours:
+        if site != HEAD and (site not in theirs or not torch.equal(ours[site], theirs[site])):
             raise ValueError(
                 f"The posterior {name!r} differs from the gold standard at {site!r}, below the last layer, so they see other "
                 "features. Fit both on top of one estimate: fit(..., estimate=map_posterior)."

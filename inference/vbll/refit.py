@@ -44,12 +44,12 @@ def fit_head(head: LastLayerHead, factor: Factor, data: HeadData, objective: Obj
     Raises:
         ValueError: a prior that is no isotropic Normal, or a family without closed-form logit moments.
     """
-    prior, loss, before = head.model.prior, 0.0, None
+    prior, loss = head.model.prior, 0.0
     for _ in range(SCALE_ROUNDS):
         loss = _fit_once(head, factor, data, objective)
-        scale = prior.scales.get(HEAD)
-        if scale is None:
+        if HEAD not in prior.learned_sites:
             break
+        scale = prior.scales[HEAD]
         before = float(scale)
         prior.update_scales({HEAD: factor.second_moment().mean().detach()}, progress=1.0)
         if abs(float(scale) / before - 1) < SCALE_TOLERANCE:

@@ -14,16 +14,23 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyrolora.guides import BLoB, FullCovariance, KroneckerNormal, LowRank, MeanField, Point
+from pyrolora.guides import BLoB, BlockCovariance, FullCovariance, KroneckerNormal, LowRank, MeanField, Point
 from pyrolora.inference.laplace import Laplace
 from pyrolora.inference.map import MAP
+from pyrolora.inference.nuts import NUTS
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.svi import SVI
-from pyrolora.models.adapters import LastLayer, LoRA
+from pyrolora.inference.vbll import VBLL
+from pyrolora.models.adapters import LastLayer, LoRA, PoLAR
 from pyrolora.models.priors import Flat, learned
 
 STEPS = 2
-ADAPTERS = {"LoRA": (LoRA(rank=2),), "LoRA+LastLayer": (LoRA(rank=2), LastLayer()), "LastLayer": (LastLayer(),)}
+ADAPTERS = {
+    "LoRA": (LoRA(rank=2),),
+    "LoRA+LastLayer": (LoRA(rank=2), LastLayer()),
+    "LastLayer": (LastLayer(),),
+    "PoLAR+LastLayer": (PoLAR(rank=2), LastLayer()),
+}
 ENGINES = {
     "MAP": lambda noise: MAP(steps=STEPS, noise=noise),
     "SVI Point": lambda noise: SVI(guide=Point(), steps=STEPS, noise=noise),
@@ -38,6 +45,9 @@ ENGINES = {
         structure="kron_lowrank", rank=3, estimate=MAP(steps=STEPS, noise=noise)
     ),
     "Laplace last_layer": lambda noise: Laplace(structure="last_layer", estimate=MAP(steps=STEPS, noise=noise)),
+    "VBLL": lambda noise: VBLL(steps=STEPS, noise=noise),
+    "VBLL joint": lambda noise: VBLL(guide=BlockCovariance(), mode="joint", refit="none", steps=STEPS, noise=noise),
+    "NUTS": lambda noise: NUTS(draws=20, warmup=10, chains=2),
 }
 NO_TOKEN_NOISE = r"There is no noise='\w+' for a \w+"
 # (engine, adapter) or (engine, noise) -> a part of the sentence that says why not
@@ -47,6 +57,10 @@ REFUSED = {
     **{("SVI LowRank", noise): NO_TOKEN_NOISE for noise in ("token", "flipout")},
     ("SVI KroneckerNormal", "flipout"): NO_TOKEN_NOISE,
     ("Laplace last_layer", "LoRA"): r"Add LastLayer\(\) to the model's adapters",
+    ("VBLL", "LoRA"): r"Add LastLayer\(\) to the model's adapters",
+    ("VBLL joint", "LoRA"): r"Add LastLayer\(\) to the model's adapters",
+    ("NUTS", "LoRA"): r"Add LastLayer\(\) to the model's adapters",
+    ("SVI BLoB", "PoLAR+LastLayer"): r"BLoB makes sites that match",
     ("SVI BLoB", "LastLayer"): r"name the sites, as in BLoB\(sites='head.weight'\)",
 }
 
@@ -152,8 +166,8 @@ def test_every_prior_works_or_says_why_not(make, tmp_path, engine, prior):
     def fit():
         return ENGINES[engine]("example").fit(model, model.task.train, progress=False)
 
-    if engine.startswith("Laplace") and not isinstance(prior, type(learned(0.1))):
-        with pytest.raises(ValueError, match="Laplace needs a Normal prior"):
+    if engine.startswith(("Laplace", "VBLL", "NUTS")) and not isinstance(prior, type(learned(0.1))):
+        with pytest.raises(ValueError, match="needs a Normal prior"):
             fit()
         return
     check_contract(model, fit(), tmp_path / "posterior")
