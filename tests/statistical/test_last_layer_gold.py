@@ -1,8 +1,8 @@
 """VBLL against NUTS on frozen features: what each objective does to the width of logit differences.
 
 NUTS keeps 1000 draws with an effective size above 250 for every logit (checked). A variance of a logit difference, averaged
-over as many examples and all pairs, is then known to about 5 %, as is the ratio. Data and sampler are seeded; over seeds of the
-sampler fewer than 1 run in 100 would fail.
+over as many examples as were trained on and all pairs, is then known to about 5 %, as is the ratio. Data and sampler are
+seeded; over seeds of the sampler fewer than 1 run in 100 would fail.
 """
 
 import pyro.distributions as dist
