@@ -17,17 +17,16 @@ import copy
 import json
 import math
 import statistics
-import string
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyro.distributions as dist
 import torch
+from prompts import multiple_choice
 from torch import Tensor, nn
 
 import pyrolora as pl
@@ -36,20 +35,9 @@ from pyrolora.inference.laplace.precision import declared_prior, evidence_precis
 from pyrolora.inference.laplace.summation import flat_eigenvalues, new_structures, sum_curvature
 from pyrolora.inference.logit_gradients import LogitGradients
 from pyrolora.inference.posterior import Posterior
-from pyrolora.models.tasks.formats import Letter
 
 FIT_BATCH = PREDICT_BATCH = 8
 SIDES = ("laplace-torch", "ours float32", "ours bfloat16")
-
-
-def multiple_choice(data_dir: str | None, classes: int = 5) -> pl.models.tasks.Task:
-    """ARC-Easy asked by letters, those after D as labels that are never right; or the headlines."""
-    if data_dir is None:
-        return pl.task("bbc_headlines", train_size=300)
-    task = pl.task("arc_easy", data_dir=data_dir, train_size=300)
-    letters = tuple(string.ascii_uppercase[:classes])
-    splits = {name: replace(getattr(task, name), classes=classes) for name in ("train", "validation", "test")}
-    return replace(task, labels=letters, format=Letter(letters=letters), **splits)
 
 
 def somewhere(model: pl.BayesianModel) -> Posterior:

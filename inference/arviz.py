@@ -9,6 +9,8 @@ import torch
 import xarray
 from torch import Tensor
 
+from pyrolora.inference.predictive import log_likelihood
+from pyrolora.inference.spectrum import change_spectra
 from pyrolora.models.naming import nearest
 from pyrolora.models.sites import Site
 from pyrolora.models.tasks import EncodedSplit, Split
@@ -26,49 +28,114 @@ def to_datatree(
     sites: str | Sequence[str] = "*",
     draws: int = 100,
     data: Split | EncodedSplit | None = None,
+    train: Split | EncodedSplit | None = None,
+    summaries: bool = False,
     seed: int = 0,
 ) -> xarray.DataTree:
     """Draws, predictions and training curves with named dims: ``posterior.to_arviz(sites="q_proj.*", draws=200)``.
 
-    Groups: ``posterior`` (the chosen sites), ``prior`` (where it can be sampled), ``posterior_predictive``,
-    ``log_likelihood`` and ``observed_data`` (with ``data``), ``sample_stats`` (``log_q`` and, with the training log-prior,
-    ``log_prior``), and ``variational_stats`` (one value a step). ArviZ 1 takes the tree as it is; for ArviZ 0.x use
-    `to_inference_data`. The draws are independent, so there is one chain and effective sample sizes say nothing.
+    ArviZ 1 takes the tree as it is; for ArviZ 0.x use `to_inference_data`. The draws are independent, so there is one chain
+    and effective sample sizes say nothing; `combine_chains` puts the fits of several seeds side by side.
+
+    Groups and their variables:
+
+    ========================  =====================================================================================
+    ``posterior``             the chosen sites; with ``summaries`` also ``change_norm``, ``effective_rank`` and
+                              ``stable_rank`` of the change of each projection, dims ``layer`` and ``projection``
+    ``prior``                 the same sites where the prior is a proper fixed distribution
+    ``posterior_predictive``  ``probability`` of each class of each example (with ``data``)
+    ``log_likelihood``        ``label``, nats, of each example under each draw (with ``data``)
+    ``observed_data``         ``label`` (with ``data``)
+    ``sample_stats``          ``log_q``, and ``log_prior`` unless a prior is a callable; with ``train`` also ``lp``, the
+                              log joint density of weights and training labels; all nats
+    ``variational_stats``     one value a training step: ``loss`` (nats an example), ``nll``, ``kl``, ``grad_norm`` and
+                              ``elbo`` (nats, of all data, at ``kl_weight`` 1)
+    ========================  =====================================================================================
+
+    Attributes of the tree and its groups: ``inference_library``, ``inference_library_version`` and ``sample_dims``; of the
+    tree also ``backbone``, ``task``, ``engine``, ``guide``, ``num_data``, ``kl_weight``, ``fit_seed`` and ``draw_seed``.
 
     Args:
         posterior: what to describe.
-        sites: glob pattern or patterns of the sites to include.
+        sites: glob pattern or patterns of the sites to include; an empty list for none.
         draws: number of draws.
         data: labelled rows to predict.
+        train: the rows that it was fitted to.
+        summaries: add the summaries of each layer, which stay small where the weights do not.
         seed: seeds the draws.
 
     Raises:
-        ValueError: a pattern that matches no site, or so many numbers that memory would not hold them.
+        ValueError: a pattern that matches no site, nothing to put into the posterior group, or so many numbers that memory
+            would not hold them.
     """
     patterns = [sites] if isinstance(sites, str) else list(sites)
-    chosen = _choose(posterior, patterns, draws)
+    if not patterns and not summaries:
+        raise ValueError("sites: got no pattern, expected one such as 'q_proj.*', or summaries=True.")
+    chosen = _choose(posterior, patterns, draws) if patterns else []
     generator = torch.Generator().manual_seed(seed)
     drawn = posterior.sample(draws, generator=generator)
-    dims = _dim_names(list(posterior.model.sites.values()))
-    groups = {"posterior": _dataset({site.name: drawn[site.name] for site in chosen}, chosen, dims)}
+    dims = _dim_names(list(posterior.model.sites.values()), posterior.model.task.labels)
+    variables = [_dataset({site.name: drawn[site.name] for site in chosen}, chosen, dims, draws)]
+    if summaries:
+        variables.append(_change_summaries(posterior, drawn, draws))
+    groups = {"posterior": xarray.merge(variables, join="outer")}
     stats = {"log_q": _by_draw(posterior.log_prob(drawn), draws)}
     prior = _prior_draws(posterior, chosen, draws, seed)
     if prior:
-        groups["prior"] = _dataset(prior, [site for site in chosen if site.name in prior], dims)
+        groups["prior"] = _dataset(prior, [site for site in chosen if site.name in prior], dims, draws)
     log_prior = _log_prior(posterior, drawn)
     if log_prior is not None:
         stats["log_prior"] = _by_draw(log_prior, draws)
-    groups["sample_stats"] = xarray.Dataset(stats)
+        if train is not None:
+            likelihood = log_likelihood(posterior.model, train, drawn).sum(1)
+            stats["lp"] = _by_draw(log_prior.double().cpu() + likelihood, draws)
+    groups["sample_stats"] = xarray.Dataset(stats, coords={"chain": [0], "draw": range(draws)})
     if data is not None:
         groups.update(_predictive_groups(posterior, data, draws, seed))
     if history := posterior.record.get("history"):
-        groups["variational_stats"] = xarray.Dataset(
-            {key: ("step", np.array([entry[key] for entry in history])) for key in history[0] if key != "step"},
-            coords={"step": [entry["step"] for entry in history]},
-        )
-    tree = xarray.DataTree.from_dict({f"/{name}": dataset for name, dataset in groups.items()})
-    tree.attrs.update(_attributes(posterior, seed))
+        groups["variational_stats"] = _training_curves(history, int(posterior.record["num_data"]))
+    attributes = _attributes(posterior, seed)
+    shared = {key: attributes[key] for key in ("inference_library", "inference_library_version", "sample_dims")}
+    tree = xarray.DataTree.from_dict({f"/{name}": group.assign_attrs(shared) for name, group in groups.items()})
+    tree.attrs.update(attributes)
     return tree
+
+
+def combine_chains(trees: Sequence[xarray.DataTree]) -> xarray.DataTree:
+    """Trees of several fits as one, a chain each: ``az.rhat(to_inference_data(combine_chains(trees)))``.
+
+    R-hat then says whether independent fits agree. Weights of a product B A are free up to an invertible matrix and will not;
+    probabilities, log-likelihoods and the summaries of `to_datatree` should.
+
+    Args:
+        trees: of fits under different seeds, made with the same choices.
+
+    Raises:
+        ValueError: fewer than two trees, or trees of other shapes.
+    """
+    trees = list(trees)
+    if len(trees) < 2:
+        raise ValueError(
+            f"trees: got {len(trees)}, expected those of at least two fits. Fit the same model under more seeds."
+        )
+    groups = {}
+    for name, group in trees[0].children.items():
+        parts = [tree[name].to_dataset() for tree in trees]
+        if "chain" not in group.dims:
+            groups[f"/{name}"] = parts[0]
+            continue
+        try:
+            joined = xarray.concat(parts, dim="chain", join="exact", combine_attrs="override")
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"trees: their groups {name!r} do not fit together ({error}); make all of them with the same arguments."
+            ) from error
+        groups[f"/{name}"] = joined.assign_coords(chain=range(len(trees)))
+    # the training curves of one fit say nothing about the others
+    groups.pop("/variational_stats", None)
+    combined = xarray.DataTree.from_dict(groups)
+    combined.attrs.update(trees[0].attrs | {"fit_seed": [int(tree.attrs["fit_seed"]) for tree in trees]})
+    return combined
 
 
 def to_inference_data(tree: xarray.DataTree) -> Any:
@@ -97,24 +164,28 @@ def _choose(posterior: "Posterior", patterns: Sequence[str], draws: int) -> list
     return chosen
 
 
-def _dim_names(sites: Sequence[Site]) -> dict[str, dict[str, list[int]]]:
+def _dim_names(sites: Sequence[Site], labels: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
     """Site -> dim -> labels; a dim that sites have in different sizes or layers gets the later site's name in front.
 
     Made from all sites of a model, so that a name depends neither on the group nor on the choice of sites.
     """
-    first: dict[str, list[int]] = {}
-    found: dict[str, dict[str, list[int]]] = {}
+    first: dict[str, list[Any]] = {}
+    found: dict[str, dict[str, list[Any]]] = {}
     for site in sites:
         found[site.name] = {}
         for dim, size in zip(site.dims, site.shape, strict=True):
-            labels = list(site.layers) if dim == "layer" and site.layers else list(range(size))
-            name = dim if first.setdefault(dim, labels) == labels else f"{site.name}_{dim}"
-            found[site.name][name] = labels
+            coords: list[Any] = list(range(size))
+            if dim == "layer" and site.layers:
+                coords = list(site.layers)
+            elif dim == "class" and size == len(labels):
+                coords = list(labels)
+            name = dim if first.setdefault(dim, coords) == coords else f"{site.name}_{dim}"
+            found[site.name][name] = coords
     return found
 
 
 def _dataset(
-    values: Mapping[str, Tensor], sites: Sequence[Site], dims: Mapping[str, Mapping[str, list[int]]]
+    values: Mapping[str, Tensor], sites: Sequence[Site], dims: Mapping[str, Mapping[str, list[Any]]], draws: int
 ) -> xarray.Dataset:
     """One variable a site."""
     coords: dict[str, Any] = {}
@@ -122,8 +193,42 @@ def _dataset(
     for site in sites:
         coords.update(dims[site.name])
         variables[site.name] = (["chain", "draw", *dims[site.name]], values[site.name].detach().cpu().numpy()[None])
-    draws = next(iter(values.values())).shape[0]
     return xarray.Dataset(variables, coords={"chain": [0], "draw": range(draws), **coords})
+
+
+def _change_summaries(posterior: "Posterior", drawn: Mapping[str, Tensor], draws: int) -> xarray.Dataset:
+    """Norm and ranks of the change of each projection; a layer that lacks a kind of projection holds NaN there."""
+    datasets = []
+    for spectrum in change_spectra(posterior.model, drawn).values():
+        numbers = {
+            "change_norm": spectrum.norm, "effective_rank": spectrum.effective_rank, "stable_rank": spectrum.stable_rank,
+        }  # fmt: skip
+        datasets.append(
+            xarray.Dataset(
+                {
+                    name: (["chain", "draw", "layer", "projection"], value.detach().cpu().numpy()[None, ..., None])
+                    for name, value in numbers.items()
+                },
+                coords={
+                    "chain": [0],
+                    "draw": range(draws),
+                    "layer": list(spectrum.layers),
+                    "projection": [spectrum.projection],
+                },
+            )
+        )
+    if not datasets:
+        raise ValueError("summaries: the adapters of this model change no projection. Choose sites= instead.")
+    return xarray.merge(datasets, join="outer", compat="no_conflicts")
+
+
+def _training_curves(history: Sequence[Mapping[str, float]], num_data: int) -> xarray.Dataset:
+    curves = {key: np.array([entry[key] for entry in history]) for key in history[0] if key != "step"}
+    if {"nll", "kl"} <= curves.keys():
+        curves["elbo"] = -num_data * (curves["nll"] + curves["kl"])
+    return xarray.Dataset(
+        {key: ("step", values) for key, values in curves.items()}, coords={"step": [entry["step"] for entry in history]}
+    )
 
 
 def _by_draw(values: Tensor, draws: int) -> tuple[list[str], np.ndarray]:

@@ -29,9 +29,7 @@ def write(run: "TrainingRun", folder: str | Path) -> None:
         folder: where to keep it; made if missing.
     """
     tensors: dict[str, Tensor] = {f"guide.{key}": value for key, value in run.guide.state_dict().items()}
-    for index, parameter in enumerate(run.parameters):
-        for key, value in run.optimiser.state.get(parameter, {}).items():
-            tensors[f"optimiser.{index}.{key}"] = value
+    tensors.update(run.optimiser.state_tensors())
     tensors.update({f"average.{index}": value for index, value in enumerate(run.averages)})
     tensors.update({f"prior.{name}": scale for name, scale in run.model.prior.scales.items()})
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
@@ -74,13 +72,8 @@ def restore(run: "TrainingRun", folder: str | Path) -> None:
         )
     guide = {key.removeprefix("guide."): value for key, value in tensors.items() if key.startswith("guide.")}
     run.guide.load_state_dict(guide)
+    run.optimiser.load_state(tensors, about["step"])
     for index, parameter in enumerate(run.parameters):
-        prefix = f"optimiser.{index}."
-        state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        if state:
-            run.optimiser.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
-            }
         if (average := tensors.get(f"average.{index}")) is not None:
             run.averages.append(average.to(parameter.device))
     for name, scale in run.model.prior.scales.items():

@@ -28,7 +28,7 @@ class LastLayerHead:
         model: a model with a `LastLayer` adapter.
 
     Raises:
-        ValueError: no `LastLayer`, several, or a network that bends its logits.
+        ValueError: no `LastLayer`, several, another adapter that changes the label rows, or a network that bends its logits.
     """
 
     def __init__(self, model: BayesianModel) -> None:
@@ -37,6 +37,12 @@ class LastLayerHead:
             raise ValueError(
                 f"A Bayesian last layer needs one site head.weight; the model's sites are {', '.join(model.sites)}. Add "
                 "LastLayer() to the model's adapters."
+            )
+        others = [type(adapter).__name__ for adapter in model.label_adapters if adapter is not layers[0]]
+        if others:
+            raise ValueError(
+                f"{others[0]} changes the label rows as well, so the logits are no function of head.weight and the features "
+                "alone. Leave the embeddings out of it, or use SVI or Laplace."
             )
         self.layer, self.model, self.label_head = layers[0], model, model.head
         probe = torch.tensor([1.0, 1000.0], dtype=torch.float64)
@@ -106,7 +112,8 @@ def only_random_in_the_head(model: BayesianModel, guide: Guide) -> bool:
     random = [name for name, factor in guide.items() if set(factor.roles.values()) - {"point", "manifold"}]
     probe = torch.tensor([1.0, 1000.0])
     finished = model.backbone.finish_logits(probe)
-    return random == [HEAD] and bool(torch.allclose(finished, finished[0] * probe))
+    alone = random == [HEAD] and len(model.label_adapters) == 1
+    return alone and bool(torch.allclose(finished, finished[0] * probe))
 
 
 @dataclass(frozen=True)

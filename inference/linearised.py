@@ -41,11 +41,16 @@ def linearised_logits(
 
 
 def normal_sites(guide: Guide, model: BayesianModel) -> tuple[str, ...]:
-    """Sites of the network at which the guide is Normal, or none if it is random in any other way somewhere."""
-    factors = {name: factor for name, factor in guide.items() if "scale" in factor.roles.values()}
-    if any(name in model.adapter_sites and not is_normal(factor.distribution()) for name, factor in factors.items()):
-        return ()
-    return tuple(name for name in factors if name in model.adapter_sites)
+    """Sites at which the guide is a Normal over weights of linear maps, or none if it is random otherwise somewhere."""
+    factors = {
+        name: factor
+        for name, factor in guide.items()
+        if name in model.adapter_sites and "scale" in factor.roles.values()
+    }
+    for name, factor in factors.items():
+        if not (model.adapter_sites[name].linear and is_normal(factor.distribution())):
+            return ()
+    return tuple(factors)
 
 
 class Linearised:

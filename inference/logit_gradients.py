@@ -1,6 +1,6 @@
 """Gradients of the logits as pairs of activations and output gradients, never as weights of every example."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,10 +83,14 @@ class LogitGradients:
     Args:
         model: the model.
         estimate: site name -> value at which to linearise.
-        names: sites to differentiate with respect to; every entry must be the weight of a linear map.
+        names: sites to differentiate with respect to.
+
+    Raises:
+        ValueError: a site whose entries are not the weights of linear maps.
     """
 
     def __init__(self, model: BayesianModel, estimate: Mapping[str, Tensor], names: Sequence[str]) -> None:
+        require_linear(model, names)
         self.model, self.names = model, tuple(names)
         # gradients of the outputs are wanted, not of the weights; but without any leaf there would be no graph
         self.estimate = {
@@ -104,13 +108,9 @@ class LogitGradients:
 
         Shape:
             logits ``(rows, classes)``
-
-        Raises:
-            ValueError: a site whose values are not weights of linear maps.
         """
         with torch.enable_grad(), LinearTape() as tape:
             logits = self.model.row_logits(batch, self.estimate)
-        self._check(tape)
         columns = cotangents(logits.detach())
         # minus infinity marks options that a row lacks: they take no part
         columns = torch.where(logits.isfinite(), columns, 0)
@@ -144,14 +144,6 @@ class LogitGradients:
                 found[name].append(site_gradient(products[name], self.model.adapter_sites[name]))
         return logits, {name: torch.stack(parts) for name, parts in found.items()}
 
-    def _check(self, tape: LinearTape) -> None:
-        for name in self.names:
-            if name not in tape.products:
-                raise ValueError(
-                    f"The site {name!r} is not a stack of weights of linear maps, which Laplace's curvature needs. Leave it "
-                    "out with sites=, and it stays at the estimate."
-                )
-
     def rows_at_once(self, batch: Mapping[str, Tensor]) -> int:
         """Rows of a batch whose Jacobians fit the memory set aside for them."""
         classes = self.model.classes or batch["option_mask"].shape[1]
@@ -166,6 +158,20 @@ def _masked(inputs: list[Tensor], mask: Tensor, dtype: torch.dtype) -> list[Tens
         if id(rows) not in made:
             made[id(rows)] = (rows * mask[..., None] if rows.shape[1] > 1 else rows).to(dtype)
     return [made[id(rows)] for rows in inputs]
+
+
+def require_linear(model: BayesianModel, names: Iterable[str]) -> None:
+    """Refuse sites whose entries are not the weights of linear maps.
+
+    Raises:
+        ValueError: the first such site.
+    """
+    for name in names:
+        if not model.adapter_sites[name].linear:
+            raise ValueError(
+                f"The site {name!r} is not a stack of weights of linear maps, which curvature, linearised predictions and "
+                "noise for each token need. Leave it out with Laplace(sites=...) or give it Point(), and it stays a point."
+            )
 
 
 def split_batch(batch: Mapping[str, Tensor], rows: int) -> list[dict[str, Tensor]]:

@@ -16,10 +16,12 @@ from pyrolora.inference.links import BINARY_LINKS, LINKS, SHIFT_INVARIANT, softm
 from pyrolora.inference.noise import TOKEN_SCOPES
 from pyrolora.inference.predictive import (
     DRAWS_A_ROUND,
-    ROWS_AT_ONCE,
     Batch,
     Predictive,
+    RowPrediction,
     gather_rows,
+    join_draws,
+    logits_of_draws,
     monte_carlo_error,
 )
 from pyrolora.inference.token_noise import TokenNoise, token_methods
@@ -68,6 +70,11 @@ class Posterior:
     def is_point(self) -> bool:
         """Whether all mass lies on one value, so that every draw is the same."""
         return not any("scale" in factor.roles.values() for _, factor in self.guide.items())
+
+    @property
+    def logit_temperature(self) -> float:
+        """What the logits of every draw are divided by in prediction; 1 unless `temperature_scaled` set it."""
+        return float(self.record.get("logit_temperature", 1.0))
 
     def sample(
         self, draws: int, *, generator: torch.Generator | None = None, sampler: str = "independent"
@@ -152,23 +159,25 @@ class Posterior:
         found: list[Predictive] = []
         taken, wanted = 0, draws if tolerance is None else DRAWS_A_ROUND
         while taken < draws:
-            parts = []
+            parts: list[tuple[Tensor, RowPrediction]] = []
             predict_batch = self._predictor(kind, min(wanted, draws - taken), generator, sampler)
             for batch in tqdm(batches, desc="predict", disable=not progress, leave=False):
                 whole = trunks.attach(batch) if "trunk" not in batch else batch
-                parts.append((batch["index"].cpu(), predict_batch(whole).float().cpu()))
+                made = predict_batch(whole)
+                made = made if isinstance(made, RowPrediction) else RowPrediction(made)
+                parts.append((batch["index"], made.tempered(self.logit_temperature)))
             found.append(gather_rows(parts, None if labels is None else labels.cpu(), kind))
             taken += wanted
             if tolerance is None or monte_carlo_error(found, sampler) < tolerance:
                 break
         self.model.release()
-        return Predictive(torch.cat([part.probs for part in found]), kind, found[0].labels)
+        return join_draws(found)
 
     def _predictor(self, kind: str, draws: int, generator: torch.Generator | None, sampler: str) -> Any:
-        """A function from a batch to probabilities ``(draws, rows, classes)``, with its draws taken once."""
+        """A function from a batch to a `RowPrediction`, or to its probabilities alone, with its draws taken once."""
         if kind == "mean":
             mean = self.mean()
-            return lambda batch: self.model.logits(batch, mean).softmax(-1)
+            return lambda batch: RowPrediction.from_logits(self.model.logits(batch, mean))
         linear = only_random_in_the_head(self.model, self.guide)
         if kind in self._links():
             linearised, link = self._gaussian_logits(linear), self._links()[kind]
@@ -183,17 +192,12 @@ class Posterior:
         sampled = self.sample(draws, generator=generator, sampler=sampler)
         if linear:
             head, mean = LastLayerHead(self.model), self.mean()
-            return lambda batch: head.logits(self.model.features(batch, mean), sampled[HEAD]).softmax(-1)
 
-        def predict_batch(batch: Batch) -> Tensor:
-            at_once = max(1, ROWS_AT_ONCE // batch["input_ids"].shape[0])
-            chunks = []
-            for first in range(0, draws, at_once):
-                some = {name: value[first : first + at_once] for name, value in sampled.items()}
-                chunks.append(self.model.logits(batch, some).softmax(-1))
-            return torch.cat(chunks)
+            def from_features(batch: Batch) -> RowPrediction:
+                return RowPrediction.from_logits(head.logits(self.model.features(batch, mean), sampled[HEAD]))
 
-        return predict_batch
+            return from_features
+        return lambda batch: RowPrediction.from_logits(logits_of_draws(self.model, batch, sampled, draws))
 
     def _gaussian_logits(self, linear: bool) -> Callable[..., tuple[Tensor, Tensor]]:
         """Mean and covariance of a batch's logits: of the linearised network, or exact where it is linear anyway."""

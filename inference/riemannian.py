@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from pyrolora.models.naming import nearest
@@ -52,7 +52,7 @@ class RiemannianStep:
         TypeError: points in half precision.
     """
 
-    parameters: Sequence[nn.Parameter]
+    parameters: Sequence[Tensor]
     method: str = "retraction"
     retraction: str = "polar"
     penalty: float = 1.0
@@ -88,10 +88,10 @@ class RiemannianStep:
         for parameter, start in zip(moving, starts, strict=False):
             parameter.copy_(retract(start, tangent_projection(start, parameter - start)))
 
-    def _field(self, parameter: nn.Parameter) -> Tensor:
+    def _field(self, parameter: Tensor) -> Tensor:
         return landing_field(parameter, _gradient(parameter), self.penalty)
 
-    def _land(self, parameter: nn.Parameter, gradient: Tensor, optimiser: Optimizer) -> None:
+    def _land(self, parameter: Tensor, gradient: Tensor, optimiser: Optimizer) -> None:
         # kept in the optimiser's state, so that whatever saves the optimiser saves it too
         state = optimiser.state[parameter]
         if not state:
@@ -121,7 +121,7 @@ def check_settings(method: str, retraction: str, penalty: float) -> None:
         raise ValueError(f"landing_penalty must be positive; got {penalty}. 1.0 is the default.")
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
+def _gradient(parameter: Tensor) -> Tensor:
     gradient = parameter.grad
     if gradient is None:
         raise ValueError("A parameter on the manifold has no gradient.")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyrolora.guides.base import Family
 from pyrolora.guides.build import build_guide, resolve
-from pyrolora.models.adapters import Adapter, LoRA
+from pyrolora.models.adapters import Adapter
 from pyrolora.models.backbones import Backbone, load_backbone
 from pyrolora.models.naming import nearest
 from pyrolora.models.priors import Prior
@@ -30,9 +30,9 @@ CONFIG, WEIGHTS = "posterior_config.json", "posterior.safetensors"
 def save(posterior: "Posterior", folder: str | Path) -> Path:
     """Write a posterior to a folder, whole or not at all; an earlier posterior there is replaced.
 
-    The folder holds ``posterior_config.json`` and ``posterior.safetensors``, and, for a model whose only adapter is `LoRA`,
-    ``adapter_config.json`` and ``adapter_model.safetensors``: the posterior mean as a plain PEFT adapter, which
-    ``PeftModel.from_pretrained`` loads without this library.
+    The folder holds ``posterior_config.json`` and ``posterior.safetensors``, and, for a model whose only adapter can be said
+    in PEFT's format (see `Adapter.to_peft`), ``adapter_config.json`` and ``adapter_model.safetensors``: the posterior mean as
+    a plain PEFT adapter, which ``PeftModel.from_pretrained`` loads without this library.
 
     Args:
         posterior: what to keep.
@@ -103,34 +103,22 @@ def _tensors(posterior: "Posterior") -> dict[str, Tensor]:
         for key, value in factor.state_dict().items()
     }
     tensors.update({f"prior/{name}/scale": scale for name, scale in posterior.model.prior.scales.items()})
+    tensors.update({f"constant/{name}": value for name, value in posterior.model.constants.items()})
     return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
 
 
 def _write_peft(posterior: "Posterior", folder: Path) -> None:
     model = posterior.model
-    if len(model.adapters) != 1 or not isinstance(model.adapters[0], LoRA):
+    if len(model.adapters) != 1:
         return
-    adapter = model.adapters[0]
-    mean = posterior.mean()
-    weights = {
-        key: value.cpu().contiguous()
-        for site in model.adapter_sites.values()
-        for key, value in zip(site.keys, mean[site.name].unbind(0), strict=True)
-    }
-    modules = sorted({module for site in model.adapter_sites.values() for module in site.modules})
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model.backbone.name,
-        "inference_mode": True,
-        "r": adapter.rank,
-        "lora_alpha": adapter.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        # full paths, so that a choice of layers and shapes survives whatever PEFT matches by suffix
-        "target_modules": modules,
-    }
+    sites = tuple(model.adapter_sites.values())
+    exported = model.adapters[0].to_peft(model.backbone, sites, posterior.mean(), model.constants)
+    if exported is None:
+        return
+    config, weights = exported
+    config = {"base_model_name_or_path": model.backbone.name, **config}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    weights = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
@@ -163,6 +151,7 @@ def load(
         raise FileNotFoundError(f"The posterior in {folder} lacks {WEIGHTS}; save it again.") from error
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged or truncated ({error}); save the posterior again.") from error
+    constants = {key.removeprefix("constant/"): value for key, value in tensors.items() if key.startswith("constant/")}
     if model is None:
         if not isinstance(backbone, Backbone):
             backbone = load_backbone(backbone or config["backbone"]["name"])
@@ -174,6 +163,7 @@ def load(
             prior=Prior.specification_from_dict(config["prior"]),
             num_data=config["num_data"],
             max_length=config["max_length"],
+            constants=constants,
         )
     _check_backbone(folder, config, model.backbone)
     saved, given = config["adapters"], json.loads(json.dumps([adapter.to_dict() for adapter in model.adapters]))
@@ -183,6 +173,8 @@ def load(
             f"The posterior in {folder} belongs to the adapters {saved}, and the model has {given}. Build the model with "
             "the adapters it was saved with."
         )
+    # factors that were made again, on another machine say, may have other signs
+    model = model.with_constants(constants)
     # one instance for all sites of one family: a family judges the sites that it was given together
     made: dict[str, Family] = {}
     families = {

@@ -13,6 +13,7 @@ from pyrolora.guides.base import Family, GuideSpecification, by_pattern
 from pyrolora.inference.noise import SCOPES
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.riemannian import STEPS, check_settings
+from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.training import TrainingRun
 from pyrolora.models.naming import nearest
 from pyrolora.models.program import BayesianModel
@@ -52,6 +53,7 @@ class SVI:
         retraction: ``"polar"``, ``"cholesky_qr"``, ``"qr"``, ``"newton_schulz"`` or ``"cayley"``.
         landing_penalty: weight of the landing field's attraction to the manifold.
         seed: seeds the start, the order of the data and all draws.
+        schedule: which blocks are trained when; None trains all of them in every step.
         checkpoint: folder to keep the state in, or None.
         checkpoint_every: steps between two checkpoints.
 
@@ -75,6 +77,9 @@ class SVI:
     retraction: str = field(default="polar", metadata={"help": ", ".join(RETRACTIONS)})
     landing_penalty: float = field(default=1.0, metadata={"help": "attraction of a landing step to the manifold"})
     seed: int = field(default=0, metadata={"help": "seed of start, data order and draws"})
+    schedule: BlockSchedule | None = field(
+        default=None, metadata={"help": "which blocks are trained when; None for all"}
+    )
     checkpoint: str | Path | None = field(default=None, metadata={"help": "folder of the training state"})
     checkpoint_every: int = field(default=50, metadata={"help": "steps between checkpoints"})
 
@@ -104,6 +109,8 @@ class SVI:
                 f"average is a fraction of the steps in [0, 1); got {self.average}. Try 0.25, or 0 for none."
             )
         check_settings(self.manifold_step, self.retraction, self.landing_penalty)
+        if self.schedule is not None and not isinstance(self.schedule, BlockSchedule):
+            raise TypeError(f"The schedule is a {type(self.schedule).__name__}; expected BlockSchedule(...), or None.")
         if self.noise not in SCOPES:
             raise ValueError(
                 f"Unknown noise scope {self.noise!r}. Did you mean {nearest(self.noise, SCOPES)!r}? "
@@ -166,8 +173,11 @@ class SVI:
     def to_dict(self) -> dict[str, Any]:
         """Settings, ready for JSON."""
         settings = {key: value for key, value in vars(self).items() if key not in ("guide", "checkpoint")}
-        guide = self.guide
+        settings["schedule"] = None if self.schedule is None else self.schedule.to_dict()
+        patterns = self.guide if isinstance(self.guide, Mapping) else None
         settings["guide"] = (
-            guide.to_dict() if isinstance(guide, Family) else {key: value.to_dict() for key, value in guide.items()}
+            self.guide.to_dict()
+            if isinstance(self.guide, Family)
+            else patterns and {key: value.to_dict() for key, value in patterns.items()}
         )
         return {"engine": type(self).__name__, **settings}

@@ -15,11 +15,13 @@ from pyrolora.models.program import ROW_KEYS, BayesianModel
 
 def token_methods(guide: Guide, model: BayesianModel) -> tuple[str, ...]:
     """The token scopes that every random site of the network allows."""
-    noisy = [factor for name, factor in guide.items() if name in model.adapter_sites and _is_random(factor)]
+    random = {name: factor for name, factor in guide.items() if name in model.adapter_sites and _is_random(factor)}
+    if not all(model.adapter_sites[name].linear for name in random):
+        return ()
 
     def allows(method: str) -> bool:
         try:
-            return bool([local_weight(factor.distribution(), method) for factor in noisy])
+            return bool([local_weight(factor.distribution(), method) for factor in random.values()])
         except ValueError:
             return False
 

@@ -5,7 +5,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyrolora.guides import build_guide
+from pyrolora.guides.base import ROLES
 from pyrolora.guides.local import local_weight
 from pyrolora.inference import checkpoint
 from pyrolora.inference.elbo import AnalyticELBO
 from pyrolora.inference.engine import History, StepStats
+from pyrolora.inference.logit_gradients import require_linear
 from pyrolora.inference.noise import TOKEN_SCOPES, NoiseMessenger, TemperMessenger, TokenMessenger
+from pyrolora.inference.optimiser import GuideAdam
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.riemannian import RiemannianStep
+from pyrolora.models.active_entries import ActiveEntries
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.stiefel import project
 from pyrolora.models.tasks import EncodedSplit, Split
@@ -64,15 +68,14 @@ class TrainingRun:
         model.calibrate_prior(self.data)
         source = torch.Generator().manual_seed(self.seed)
         self.guide = build_guide(engine.guide_for(model, len(self.data)), model, start=start, generator=source)
-        groups = self._parameter_groups()
-        self.parameters = [parameter for group in groups for parameter in group["params"]]
-        self.optimiser = torch.optim.Adam(groups, foreach=True)
-        self.take_riemannian_step = RiemannianStep(
-            self.guide.parameters_by_role()["manifold"], engine.manifold_step, engine.retraction, engine.landing_penalty
-        )
-        self.peak_rates = [group["lr"] for group in self.optimiser.param_groups]
+        schedule = engine.schedule
+        plan = None if schedule is None else schedule.plan(model.sites, model.backbone, self.seed)
+        manifold_step = RiemannianStep((), engine.manifold_step, engine.retraction, engine.landing_penalty)
+        self.optimiser = GuideAdam(self.guide, self._rates(), plan, manifold_step)
+        self.parameters: list[Tensor] = list(self.optimiser.parameters)
         self.noisy_sites = frozenset(name for name in self.guide.site_names if self._is_noisy(name))
         if engine.noise in TOKEN_SCOPES:
+            require_linear(model, self.noisy_sites)
             for name, factor in self.guide.items():
                 if name in self.noisy_sites:
                     # refuses a family without token noise before the first step
@@ -93,11 +96,9 @@ class TrainingRun:
         factor = dict(self.guide.items())[name]
         return name in self.model.adapter_sites and "scale" in factor.roles.values()
 
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Parameters and the peak learning rate of each group."""
-        roles, engine = self.guide.parameters_by_role(), self.engine
-        rates = {role: engine.scale_learning_rate if role == "scale" else engine.learning_rate for role in roles}
-        return [{"params": roles[role], "lr": rates[role]} for role in roles if roles[role]]
+    def _rates(self) -> dict[str, float]:
+        """Peak learning rates, as `GuideAdam` takes them."""
+        return {**dict.fromkeys(ROLES, self.engine.learning_rate), "scale": self.engine.scale_learning_rate}
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with this run for resuming to make sense."""
@@ -108,6 +109,7 @@ class TrainingRun:
             "seed": self.seed,
             "sites": sites,
             "adapters": [adapter.to_dict() for adapter in self.model.adapters],
+            "constants": _digest(self.model.constants),
             "prior": self.model.prior.to_dict(),
             "backbone": self.model.backbone.fingerprint,
             "dtype": str(self.model.backbone.dtype),
@@ -165,20 +167,19 @@ class TrainingRun:
             FloatingPointError: loss or gradient is not finite.
         """
         engine = self.engine
-        factor = self._rate_factor(self.step)
-        for group, rate in zip(self.optimiser.param_groups, self.peak_rates, strict=True):
-            group["lr"] = rate * factor
-        self.optimiser.zero_grad(set_to_none=True)
-        with self._seeded_step(), pyro.validation_enabled(False):
+        entries = self.optimiser.activate(self.step)
+        self.optimiser.zero_grad()
+        resting = nullcontext() if entries is None else ActiveEntries(entries)
+        with self._seeded_step(), pyro.validation_enabled(False), resting:
             loss = self._backward(batch)
-        grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        grads = self.optimiser.gradients()
         norm = float(nn.utils.get_total_norm(grads))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(self._describe_failure(loss, norm))
         if engine.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, engine.max_grad_norm, torch.tensor(norm))
+            nn.utils.clip_grads_with_norm_(self.optimiser.trained, engine.max_grad_norm, torch.tensor(norm))
         self.consistent = False
-        self.take_riemannian_step(self.optimiser)
+        self.optimiser.step(self._rate_factor(self.step))
         if self.learns_scales and (learned := self.model.prior.learned_sites):
             self.model.prior.update_scales(self.guide.second_moments(learned), (self.step + 1) / engine.steps)
         self.step += 1
@@ -259,6 +260,9 @@ class TrainingRun:
             "steps_done": self.step,
             "history": [stats.to_dict() for stats in self.history],
         }
+        if self.optimiser.plan is not None:
+            record["steps_of_blocks"] = self.optimiser.plan.visits(self.step)
+            record["peak_optimiser_bytes"] = self.optimiser.peak_state_bytes
         guide = copy.deepcopy(self.guide)
         if self.averages:
             averages = dict(zip(map(id, self.parameters), self.averages, strict=True))
@@ -276,6 +280,14 @@ def _data_digest(data: EncodedSplit) -> str:
     for row in data.rows:
         digest.update(repr(row).encode())
     return f"{len(data)}:{digest.hexdigest()[:16]}"
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _finite(tensors: Iterable[Tensor]) -> bool:

@@ -113,7 +113,8 @@ class Backbone:
     def _adding(self, path: str) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             delta = self._deltas.get(path)
-            return None if delta is None else output + delta(args[0])
+            # what an embedding reads says nothing of the type that it writes
+            return None if delta is None else output + delta(args[0]).to(output.dtype)
 
         return hook
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pyro.distributions as dist
 
+from pyrolora.models.covariance import Covariance
 from pyrolora.models.naming import nearest
-from pyrolora.models.priors import Declaration, Flat, learned, logit_scale
+from pyrolora.models.priors import Declaration, Flat, Relative, learned, logit_scale
 
 
 def _in_floats(family: Any) -> Callable[..., Declaration]:
@@ -23,6 +24,8 @@ PRIORS: dict[str, Callable[..., Declaration]] = {
     "Flat": Flat,
     "learned": learned,
     "logit_scale": logit_scale,
+    "Relative": Relative,
+    "Covariance": Covariance,
     **{family.__name__: _in_floats(family) for family in (dist.Normal, dist.Laplace, dist.StudentT, dist.Cauchy)},
 }
 
@@ -55,6 +58,9 @@ def declared(text: str, makers: Mapping[str, Callable[..., Any]], what: str) -> 
     except (SyntaxError, ValueError) as error:
         example = next(iter(makers))
         raise ValueError(f"Cannot read the {what} {text!r}; expected a form such as {example}(...).") from error
+    # on a command line nobody wants to remember the capitals of PiSSA
+    plain = {key.lower(): key for key in makers}
+    name = name if name in makers else plain.get(name.replace("_", "").lower(), name)
     if name not in makers:
         raise ValueError(
             f"Unknown {what} {name!r}. Did you mean {nearest(name, makers)!r}? Choices: {', '.join(sorted(makers))}."

@@ -11,6 +11,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
+from pyrolora.models.covariance import Covariance
 from pyrolora.models.naming import nearest
 from pyrolora.models.sites import Site, SiteTable
 from pyrolora.models.uniform_stiefel import UniformStiefel
@@ -49,6 +50,31 @@ class Learned:
             raise ValueError(f"The strength of a learned prior must not be negative; got {self.strength}. Try 1.0.")
         if not 0 <= self.after < 1:
             raise ValueError(f"`after` is a fraction of the steps in [0, 1); got {self.after}. Try 0.5.")
+
+
+@dataclass(frozen=True)
+class Relative:
+    """Zero-mean Normal whose scale the adapter sets: the change of a weight matrix is ``ratio`` times the matrix.
+
+    Usage::
+
+        BayesianModel(backbone, task, adapter=PiSSA(rank=8), prior=Relative(0.1))
+
+    Each adapter says which standard deviations of its sites give ``E |change|^2 = ratio^2 |weight|^2`` to first order:
+    whitened over components for PiSSA and CorDA, relative to each column for S2FT. So one number means the same for all.
+
+    Args:
+        ratio: root mean square size of the change, relative to the frozen weight.
+
+    Raises:
+        ValueError: the ratio is not positive.
+    """
+
+    ratio: float
+
+    def __post_init__(self) -> None:
+        if not self.ratio > 0:
+            raise ValueError(f"The ratio of a relative prior must be positive; got {self.ratio}. Try 0.1.")
 
 
 def learned(scale: float, *, strength: float = 1.0, after: float = 0.5) -> Learned:
@@ -94,7 +120,9 @@ def logit_scale(scale: float = 2.0, *, learned: bool = False, strength: float = 
     return Learned(scale, strength, after, in_logits=True, fixed=not learned)
 
 
-Declaration: TypeAlias = TorchDistribution | Flat | Learned | Callable[[Site], TorchDistribution]
+Declaration: TypeAlias = (
+    TorchDistribution | Flat | Learned | Relative | Covariance | Callable[[Site], TorchDistribution]
+)
 PriorSpecification: TypeAlias = Declaration | Mapping[str, Declaration]
 
 
@@ -113,6 +141,7 @@ class Prior:
         sites: the adapter sites.
         device: where the distributions' parameters live.
         dtype: type of the distributions' parameters, and so of prior draws.
+        relative_scales: from a ratio to the standard deviations of all sites, for `Relative`.
 
     Raises:
         ValueError: a pattern that matches nothing, a site without a prior, a wrong shape or support.
@@ -125,6 +154,7 @@ class Prior:
         sites: SiteTable,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        relative_scales: Callable[[float], Mapping[str, Tensor]] | None = None,
     ) -> None:
         self.specification = specification
         patterns = specification if isinstance(specification, Mapping) else {"*": specification}
@@ -145,13 +175,20 @@ class Prior:
                 self._fixed[name] = fit_to_site(move(declaration, self.device, dtype), sites[name])
             elif isinstance(declaration, Flat):
                 self._fixed[name] = _flat(sites[name])
+            elif isinstance(declaration, Covariance):
+                self._fixed[name] = declaration.distribution(sites[name], self.device, dtype)
+            elif isinstance(declaration, Relative):
+                if relative_scales is None:
+                    raise ValueError("A relative prior needs a model, whose adapters know its scales.")
+                scale = relative_scales(declaration.ratio)[name]
+                self._fixed[name] = fit_to_site(dist.Normal(torch.zeros_like(scale), scale), sites[name])
             elif isinstance(declaration, type) or not callable(declaration):
                 # a class is callable, but calling it with a site makes no prior
                 kind = declaration if isinstance(declaration, type) else type(declaration)
                 given = f"{'the class' if kind is declaration else 'a'} {kind.__name__}"
                 raise TypeError(
                     f"The prior of {name!r} is {given}; expected a Pyro distribution, Flat(), "
-                    "learned(scale), or a callable from a site to a distribution."
+                    "learned(scale), Relative(ratio), Covariance(file, scale), or a callable from a site to a distribution."
                 )
 
     def __call__(self, site: Site) -> TorchDistribution:
@@ -314,6 +351,10 @@ def _describe(declaration: Declaration) -> dict[str, Any]:
         return {"prior": "Flat"}
     if isinstance(declaration, UniformStiefel):
         return {"prior": "UniformStiefel", "shape": list(declaration.event_shape)}
+    if isinstance(declaration, Covariance):
+        return {"prior": "Covariance", **vars(declaration)}
+    if isinstance(declaration, Relative):
+        return {"prior": "Relative", "ratio": declaration.ratio}
     if isinstance(declaration, Learned):
         settings: dict[str, Any] = {key: getattr(declaration, key) for key in ("scale", "strength", "after")}
         if declaration.in_logits:
@@ -335,6 +376,10 @@ def _rebuild(site: str, entry: Mapping[str, Any]) -> Declaration:
     kind = entry["prior"]
     if kind == "Flat":
         return Flat()
+    if kind == "Covariance":
+        return Covariance(entry["moments"], entry["scale"], entry["damping"])
+    if kind == "Relative":
+        return Relative(entry["ratio"])
     if kind == "learned":
         return Learned(entry["scale"], entry["strength"], entry["after"])
     if kind == "logit_scale":

@@ -1,7 +1,9 @@
 """The Pyro program: sites with priors, a frozen backbone, and labels observed in a data plate."""
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pyro
 import pyro.distributions as dist
@@ -9,10 +11,12 @@ import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.nn import functional
 
 from pyrolora.models.adapters.base import Adapter
 from pyrolora.models.adapters.lora import LoRA
-from pyrolora.models.backbones import Backbone
+from pyrolora.models.backbones import Backbone, Delta
+from pyrolora.models.calibration import Calibration
 from pyrolora.models.heads import LabelHead, OptionHead
 from pyrolora.models.likelihoods import observe_labels
 from pyrolora.models.priors import Prior, PriorSpecification
@@ -26,6 +30,10 @@ CALIBRATION_ROWS, CALIBRATION_BATCH = 256, 32
 ROW_KEYS = (
     "input_ids", "attention_mask", "position_ids", "segment_ids", "scored", "option_mask", "option_lengths", "trunk",
 )  # fmt: skip
+
+# adapters whose constants are remembered for a backbone: the models of a comparison share them
+MOST_RECENT = 4
+_RECENT: "WeakKeyDictionary[Backbone, dict[tuple[str, ...], dict[str, Tensor]]]" = WeakKeyDictionary()
 
 
 class BayesianModel:
@@ -49,6 +57,7 @@ class BayesianModel:
         prior: a distribution, `Flat`, `learned`, a callable from site to distribution, or ``{glob pattern: one of these}``.
         num_data: rows of the data set that scale the likelihood; default the task's training split.
         max_length: longest prompt in tokens.
+        constants: the adapters' constants, if they were made before; see `Adapter.constants`.
 
     Raises:
         TypeError: an adapter or prior that is none.
@@ -64,6 +73,7 @@ class BayesianModel:
         *,
         num_data: int | None = None,
         max_length: int = 300,
+        constants: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.backbone = backbone
         self.task = task
@@ -83,12 +93,83 @@ class BayesianModel:
         self.classes = None if label_ids is None else len(label_ids)
         self._adapter_sites = [adapter.sites(backbone, self.classes) for adapter in self.adapters]
         self.adapter_sites = SiteTable([site for sites in self._adapter_sites for site in sites])
+        self.constants = self._make_constants() if constants is None else self._placed(constants)
         self.prior = Prior(
-            dist.Normal(0.0, 0.2) if prior is None else prior, self.adapter_sites, backbone.device, backbone.site_dtype
+            dist.Normal(0.0, 0.2) if prior is None else prior,
+            self.adapter_sites,
+            backbone.device,
+            backbone.site_dtype,
+            self.relative_scales,
         )
         self.sites = self._discover()
         blocks = [layer for site in self.adapter_sites.values() for layer in site.layers]
         self.first_block = min(blocks) if blocks else len(backbone.blocks) - 1
+
+    def _make_constants(self) -> dict[str, Tensor]:
+        def batches(samples: int, seed: int) -> Iterator[Mapping[str, Tensor]]:
+            train = self.task.train
+            return self.encode(train if len(train) <= samples else train.subset(samples, seed=seed)).batches(8)
+
+        def loss(batch: Mapping[str, Tensor]) -> Tensor:
+            logits = self.head(batch, (), None, 0)
+            return functional.cross_entropy(logits, batch["labels"].to(logits.device))
+
+        calibration = Calibration(batches, loss, self.label_ids)
+        recent = _RECENT.setdefault(self.backbone, {})
+        found: dict[str, Tensor] = {}
+        for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
+            key = self._constants_key(adapter)
+            if key not in recent:
+                recent[key] = adapter.constants(self.backbone, sites, calibration)
+            # the last used comes last, and the first is forgotten
+            recent[key] = recent.pop(key)
+            found.update(recent[key])
+        while len(recent) > MOST_RECENT:
+            del recent[next(iter(recent))]
+        return found
+
+    def _constants_key(self, adapter: Adapter) -> tuple[str, ...]:
+        """All that an adapter's constants depend on, for one backbone."""
+        # a weight counts its changes in place, so what was made from other weights is not found again
+        changes = sum(weight._version for weight in self.backbone.network.parameters())
+        rows = hashlib.sha256(repr([(row.fields, row.label) for row in self.task.train.examples]).encode()).hexdigest()
+        return repr(adapter), self.task.name, rows, str(self.max_length), str(changes)
+
+    def _placed(self, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        device, dtype = self.backbone.device, self.backbone.site_dtype
+        placed = {
+            name: value.to(device, dtype if value.is_floating_point() else value.dtype)
+            for name, value in constants.items()
+        }
+        start = self.initial(torch.Generator().manual_seed(0))
+        for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
+            try:
+                adapter.deltas(sites, {**placed, **start})
+            except KeyError as error:
+                raise ValueError(
+                    f"{type(adapter).__name__} needs the constant {error.args[0]!r}, which is not among those given "
+                    f"({', '.join(placed) or 'none'}). Leave constants out and they are made."
+                ) from error
+        return placed
+
+    def with_constants(self, constants: Mapping[str, Tensor]) -> "BayesianModel":
+        """This model around other constants, such as those of a saved posterior; itself where they are equal."""
+        placed = self._placed(constants)
+        if placed.keys() == self.constants.keys() and all(
+            torch.equal(value, self.constants[name]) for name, value in placed.items()
+        ):
+            return self
+        return BayesianModel(
+            self.backbone, self.task, self.adapters, self.prior.specification, num_data=self.num_data,
+            max_length=self.max_length, constants=placed,
+        )  # fmt: skip
+
+    def relative_scales(self, ratio: float) -> dict[str, Tensor]:
+        """Standard deviations under which every adapter changes its weights by a ratio; see `Adapter.relative_scales`."""
+        scales: dict[str, Tensor] = {}
+        for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
+            scales.update(adapter.relative_scales(self.backbone, sites, self.constants, ratio))
+        return scales
 
     def _discover(self) -> SiteTable:
         """All latent sites in program order: adapter sites and whatever a callable prior samples."""
@@ -164,13 +245,23 @@ class BayesianModel:
             figures.update(adapter.diagnostics(sites, draw))
         return figures
 
+    def deltas(self, draw: Mapping[str, Tensor]) -> dict[str, Delta]:
+        """What a draw adds to the output of each adapted projection; see `Adapter.deltas`."""
+        values = {**self.constants, **draw}
+        deltas: dict[str, Delta] = {}
+        for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
+            for path, delta in adapter.deltas(sites, values).items():
+                # two adapters of one projection both change it
+                deltas[path] = _sum_of(deltas[path], delta) if path in deltas else delta
+        return deltas
+
     def row_logits(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Tensor:
         """Class logits of each row; a draw with a leading dimension of ``groups`` serves ``groups`` equal runs of rows.
 
         Shape:
             ``(rows, classes)``
         """
-        self._bind(draw)
+        self.backbone.bind(self.deltas(draw))
         trunk = batch.get("trunk")
         return self.head(batch, self._label_changes(draw), trunk, self.first_block if trunk is not None else 0)
 
@@ -184,7 +275,7 @@ class BayesianModel:
         Shape:
             ``(rows, hidden)``, in the sites' float type
         """
-        self._bind(draw)
+        self.backbone.bind(self.deltas(draw))
         trunk = batch.get("trunk")
         first_block = self.first_block if trunk is not None else 0
         return self.backbone.features(batch, trunk=trunk, first_block=first_block).to(self.backbone.site_dtype)
@@ -205,16 +296,16 @@ class BayesianModel:
             )
         return self.head.from_features(features, self._label_changes(draw))
 
-    def _bind(self, draw: Mapping[str, Tensor]) -> None:
-        deltas: dict[str, Callable[[Tensor], Tensor]] = {}
-        for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
-            # an adapter of the last layer has nothing inside the network
-            if any(site.modules for site in sites):
-                deltas.update(adapter.deltas(sites, draw))
-        self.backbone.bind(deltas)
+    @property
+    def label_adapters(self) -> tuple[Adapter, ...]:
+        """The adapters that change the class logits themselves, not only what lies below them."""
+        zero = torch.zeros((), device=self.backbone.device, dtype=self.backbone.site_dtype)
+        values = {name: zero.expand(site.shape) for name, site in self.adapter_sites.items()}
+        return tuple(one for one in self.adapters if one.label_change({**self.constants, **values}) is not None)
 
-    def _label_changes(self, draw: Mapping[str, Tensor]) -> list[Callable[[Tensor], Tensor]]:
-        changes = [adapter.label_change(draw) for adapter in self.adapters]
+    def _label_changes(self, draw: Mapping[str, Tensor]) -> list[Delta]:
+        values = {**self.constants, **draw}
+        changes = [adapter.label_change(values) for adapter in self.adapters]
         return [change for change in changes if change is not None]
 
     def logits(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Tensor:
@@ -302,6 +393,10 @@ class BayesianModel:
     def print_sites(self) -> None:
         """Print `site_table`, the twin of PEFT's ``print_trainable_parameters``."""
         print(self.site_table())  # noqa: T201
+
+
+def _sum_of(first: Delta, second: Delta) -> Delta:
+    return lambda rows: first(rows) + second(rows)
 
 
 def _as_adapters(adapter: Adapter | Sequence[Adapter] | None) -> tuple[Adapter, ...]:

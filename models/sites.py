@@ -30,6 +30,8 @@ class Site:
         hyper: whether a prior samples it, rather than an adapter.
         prior: of a site on a manifold, the prior that it has unless another one over its support is declared; such a site
             is a point unless a pattern gives it a guide.
+        linear: whether every entry acts as the weight of one linear map and nothing else, which linearised predictions,
+            curvature and noise for each token need.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Site:
     support: constraints.Constraint = field(default=constraints.real, compare=False)
     hyper: bool = False
     prior: TorchDistribution | None = field(default=None, compare=False)
+    linear: bool = True
 
     @property
     def numel(self) -> int:

@@ -62,6 +62,16 @@ class UniformStiefel(dist.TorchDistribution):
         self.dtype, self.device = dtype, torch.device(device)
         super().__init__(torch.Size(), torch.Size(shape), validate_args=False)
 
+    @property
+    def mean(self) -> Tensor:
+        """Zero: every matrix is as probable as its negative."""
+        return torch.zeros(self.event_shape, dtype=self.dtype, device=self.device)
+
+    @property
+    def variance(self) -> Tensor:
+        """Of every entry ``1 / rows``, since a column has unit length."""
+        return torch.full_like(self.mean, 1 / self.event_shape[-2])
+
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008 - immutable
         """Independent draws, ``(*sample_shape, *event_shape)``."""
         return uniform_point(*sample_shape, *self.event_shape, dtype=self.dtype, device=self.device)

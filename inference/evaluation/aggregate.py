@@ -10,6 +10,7 @@ from scipy import stats
 from pyrolora.inference.evaluation.bootstrap import Interval
 from pyrolora.inference.evaluation.calibration import CalibrationTable
 from pyrolora.inference.evaluation.cost import Cost
+from pyrolora.inference.evaluation.selective import RiskCoverage
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,10 @@ class Row:
         examples: number of test items.
         metrics: metric name -> value with its bootstrap interval over test items.
         calibration: ``"width"`` and ``"mass"`` -> table of confidence against accuracy.
+        risk_coverage: error rate against the share of items answered.
         predict_seconds: wall time of predicting the test items.
         ood_examples: name of each foreign data set -> its number of items.
+        shift_examples: name of each shifted data set -> its number of items.
         cost: wall time and peak memory of the fit, if measured.
     """
 
@@ -36,8 +39,10 @@ class Row:
     examples: int
     metrics: Mapping[str, Interval]
     calibration: Mapping[str, CalibrationTable]
+    risk_coverage: RiskCoverage
     predict_seconds: float
     ood_examples: Mapping[str, int]
+    shift_examples: Mapping[str, int]
     cost: Cost | None = None
 
 
@@ -52,6 +57,7 @@ class Summary:
             seeds (how much another fit would differ); for one it is the bootstrap over test items (how much
             another test set would).
         calibration: strategy -> table averaged over seeds.
+        risk_coverage: curve averaged over seeds.
         predict_seconds: mean over seeds.
         fit_seconds: mean over seeds; None if any seed was not measured.
         peak_memory_bytes: largest of the seeds; None if any seed was not measured.
@@ -61,6 +67,7 @@ class Summary:
     rows: tuple[Row, ...]
     metrics: Mapping[str, Interval]
     calibration: Mapping[str, CalibrationTable]
+    risk_coverage: RiskCoverage
     predict_seconds: float
     fit_seconds: float | None
     peak_memory_bytes: int | None
@@ -123,10 +130,16 @@ def _summarise_method(method: str, rows: tuple[Row, ...], level: float) -> Summa
         rows=rows,
         metrics={name: mean_over_seeds((row.metrics[name] for row in rows), level) for name in rows[0].metrics},
         calibration={name: _mean_table([row.calibration[name] for row in rows]) for name in rows[0].calibration},
+        risk_coverage=_mean_curve([row.risk_coverage for row in rows]),
         predict_seconds=sum(row.predict_seconds for row in rows) / len(rows),
         fit_seconds=sum(cost.seconds for cost in costs) / len(rows) if measured else None,
         peak_memory_bytes=max(cost.peak_memory_bytes for cost in costs) if measured else None,
     )
+
+
+def _mean_curve(curves: list[RiskCoverage]) -> RiskCoverage:
+    # the seeds judge the same items, and so share their coverages
+    return RiskCoverage(curves[0].coverage, torch.stack([curve.risk for curve in curves]).mean(0))
 
 
 def _mean_table(tables: list[CalibrationTable]) -> CalibrationTable:

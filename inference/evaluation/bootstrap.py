@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrolora.inference.evaluation.detection import DETECTION_METRICS, DetectionMetric
 from pyrolora.inference.evaluation.metrics import Metric, find_metric
-from pyrolora.inference.evaluation.ood import auroc, resampled_auroc
 from pyrolora.inference.evaluation.validation import check_predictions
 
 # numbers in one block of counts: 16 MB in float64, whatever the size of the data set
@@ -104,25 +104,51 @@ def bootstrap_metrics(
         for metric in chosen:
             values[metric.name].append(metric.resampled(probs, labels, counts))
     return {
-        metric.name: _percentile(float(metric.function(probs, labels)), values[metric.name], level) for metric in chosen
+        metric.name: percentile_interval(float(metric.function(probs, labels)), values[metric.name], level)
+        for metric in chosen
     }
 
 
-def bootstrap_auroc(
+def bootstrap_mean(values: Tensor, *, resamples: int = 1000, level: float = 0.95, seed: int = 0) -> Interval:
+    """Mean over examples with its percentile bootstrap: ``bootstrap_mean(decompose(predictive.probs).epistemic)``.
+
+    Args:
+        values: one number an example.
+        resamples: number of resamples.
+        level: probability that the interval is to cover.
+        seed: of the resampling.
+
+    Shape:
+        values: ``(examples,)``
+
+    Raises:
+        ValueError: no values, or too few resamples for the level.
+    """
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"values: got shape {tuple(values.shape)}, expected (examples,) with at least one example.")
+    values = values.detach().cpu().double()
+    generator = torch.Generator().manual_seed(seed)
+    blocks = resample_counts(len(values), resamples, level=level, generator=generator)
+    return percentile_interval(float(values.mean()), [counts @ values / len(values) for counts in blocks], level)
+
+
+def bootstrap_detection(
     in_distribution: Tensor,
     out_of_distribution: Tensor,
+    metrics: Iterable[DetectionMetric] | None = None,
     *,
     resamples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
-) -> Interval:
-    """Percentile bootstrap of the AUROC; familiar and foreign examples are resampled each among themselves.
+) -> dict[str, Interval]:
+    """Percentile bootstrap of a detector; familiar and foreign examples are resampled each among themselves.
 
-    ``bootstrap_auroc(predictive_entropy(test.probs), predictive_entropy(foreign.probs))``
+    ``bootstrap_detection(predictive_entropy(test.probs), predictive_entropy(foreign.probs))["auroc"]``
 
     Args:
         in_distribution: scores of familiar examples.
         out_of_distribution: scores of foreign examples (positive).
+        metrics: what to compute on the same resamples; AUROC, AUPR and FPR95 by default.
         resamples: number of resamples.
         level: probability that the interval is to cover.
         seed: of the resampling.
@@ -130,16 +156,23 @@ def bootstrap_auroc(
     Shape:
         in_distribution: ``(familiar,)``. out_of_distribution: ``(foreign,)``.
 
+    Returns:
+        metric name -> `Interval`.
+
     Raises:
         ValueError: an empty set, a score that is not finite, or too few resamples for the level.
     """
-    value = float(auroc(in_distribution, out_of_distribution))
+    chosen = list(DETECTION_METRICS.values() if metrics is None else metrics)
+    found = {metric.name: float(metric.function(in_distribution, out_of_distribution)) for metric in chosen}
     familiar, foreign = len(in_distribution), len(out_of_distribution)
     generator = torch.Generator().manual_seed(seed)
-    values = []
+    values: dict[str, list[Tensor]] = {metric.name: [] for metric in chosen}
     for counts in resample_counts((familiar, foreign), resamples, level=level, generator=generator):
-        values.append(resampled_auroc(in_distribution, out_of_distribution, counts[:, :familiar], counts[:, familiar:]))
-    return _percentile(value, values, level)
+        for metric in chosen:
+            values[metric.name].append(
+                metric.resampled(in_distribution, out_of_distribution, counts[:, :familiar], counts[:, familiar:])
+            )
+    return {name: percentile_interval(found[name], values[name], level) for name in found}
 
 
 def paired_difference(
@@ -187,7 +220,7 @@ def paired_difference(
             len(labels), resamples, level=level, generator=torch.Generator().manual_seed(seed)
         )
     ]
-    return _percentile(value, differences, level)
+    return percentile_interval(value, differences, level)
 
 
 def resample_counts(
@@ -230,7 +263,8 @@ def _counts(size: int, rows: int, generator: torch.Generator) -> Tensor:
     )
 
 
-def _percentile(value: float, resampled: list[Tensor], level: float) -> Interval:
+def percentile_interval(value: float, resampled: list[Tensor], level: float) -> Interval:
+    """A value with the quantiles of its resamples: ``percentile_interval(0.5, [values], level=0.95)``."""
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = torch.cat(resampled).quantile(tails).tolist()
     return Interval(value, low, high)

@@ -121,6 +121,81 @@ def ece_equal_mass(probs: Tensor, labels: Tensor, n_bins: int = 15) -> Tensor:
     return resampled_ece_equal_mass(probs, labels, once, n_bins)[0]
 
 
+def maximum_calibration_error(probs: Tensor, labels: Tensor, n_bins: int = 15) -> Tensor:
+    """Largest |accuracy - confidence| of any bin of equal width that holds examples, of the top label.
+
+    ``maximum_calibration_error(predictive.mean_probs, predictive.labels)``
+
+    The number is torchmetrics' `CalibrationError(norm="max")`. A bin with one wrong answer reaches its whole confidence:
+    on a small test set this is noise, and the interval says so.
+
+    Args:
+        probs: class probabilities, already averaged over draws.
+        labels: true classes.
+        n_bins: number of bins between 0 and 1.
+
+    Shape:
+        probs: ``(examples, classes)``. labels: ``(examples,)``. Returns a float64 scalar in 0..1.
+
+    Raises:
+        ValueError: invalid probabilities or labels, or fewer than one bin.
+
+    Guo et al. 2017, "On calibration of modern neural networks", equation 5.
+    """
+    probs, labels = check_predictions(probs, labels)
+    once = torch.ones(1, len(labels), dtype=torch.float64)
+    return resampled_maximum_calibration_error(probs, labels, once, n_bins)[0]
+
+
+def classwise_ece(probs: Tensor, labels: Tensor, n_bins: int = 15, strategy: str = "width") -> Tensor:
+    """Expected calibration error of every class's own probability, averaged over classes (L1).
+
+    ``classwise_ece(predictive.mean_probs, predictive.labels, strategy="mass")``
+
+    Unlike the top label's it sees a class that is systematically given too much or too little. With bins of equal mass it is
+    the adaptive calibration error. A class that no example has counts like any other: its probabilities should be small.
+
+    Args:
+        probs: class probabilities, already averaged over draws.
+        labels: true classes.
+        n_bins: number of bins of each class.
+        strategy: ``"width"`` for equal steps of probability, ``"mass"`` for equally many examples in each bin.
+
+    Shape:
+        probs: ``(examples, classes)``. labels: ``(examples,)``. Returns a float64 scalar in 0..1.
+
+    Raises:
+        ValueError: invalid probabilities or labels, an unknown strategy, or fewer than one bin.
+
+    Kull et al. 2019, "Beyond temperature scaling", section 2 (width); Nixon et al. 2019, "Measuring calibration in deep
+    learning", equation 3 (mass, without a threshold).
+    """
+    probs, labels = check_predictions(probs, labels)
+    _check_strategy(strategy)
+    once = torch.ones(1, len(labels), dtype=torch.float64)
+    return resampled_classwise_ece(probs, labels, once, n_bins, strategy)[0]
+
+
+def resampled_maximum_calibration_error(probs: Tensor, labels: Tensor, counts: Tensor, n_bins: int = 15) -> Tensor:
+    """`maximum_calibration_error` of many resamples at once; arguments as `resampled_ece_equal_width`."""
+    _check_bins(n_bins)
+    confidence, correct = _top_label(probs, labels)
+    inside = torch.nn.functional.one_hot(_width_bins(confidence, n_bins), n_bins + 1).double()
+    gaps = counts @ (inside * (correct - confidence.double())[:, None])
+    # an empty bin has a gap of exactly zero
+    return (gaps.abs() / (counts @ inside).clamp(min=1)).amax(1)
+
+
+def resampled_classwise_ece(
+    probs: Tensor, labels: Tensor, counts: Tensor, n_bins: int = 15, strategy: str = "width"
+) -> Tensor:
+    """`classwise_ece` of many resamples at once; arguments as `resampled_ece_equal_width`."""
+    _check_bins(n_bins)
+    error = _resampled_width_error if strategy == "width" else _resampled_mass_error
+    each = [error(probs[:, k].contiguous(), (labels == k).double(), counts, n_bins) for k in range(probs.shape[1])]
+    return torch.stack(each).mean(0)
+
+
 def resampled_ece_equal_width(probs: Tensor, labels: Tensor, counts: Tensor, n_bins: int = 15) -> Tensor:
     """`ece_equal_width` of many resamples at once.
 
@@ -138,11 +213,7 @@ def resampled_ece_equal_width(probs: Tensor, labels: Tensor, counts: Tensor, n_b
         Returns ``(resamples,)``.
     """
     _check_bins(n_bins)
-    confidence, correct = _top_label(probs, labels)
-    # one column more than bins: torchmetrics' own bin for a confidence of exactly 1
-    gaps = torch.zeros(len(labels), n_bins + 1, dtype=torch.float64)
-    gaps.scatter_(1, _width_bins(confidence, n_bins)[:, None], (correct - confidence.double())[:, None])
-    return (counts @ gaps).abs().sum(1) / counts.sum(1)
+    return _resampled_width_error(*_top_label(probs, labels), counts, n_bins)
 
 
 def resampled_ece_equal_mass(probs: Tensor, labels: Tensor, counts: Tensor, n_bins: int = 15) -> Tensor:
@@ -159,12 +230,7 @@ def resampled_ece_equal_mass(probs: Tensor, labels: Tensor, counts: Tensor, n_bi
         Returns ``(resamples,)``.
     """
     _check_bins(n_bins)
-    confidence, correct = _top_label(probs, labels)
-    confidence, order = confidence.sort()
-    gaps = (correct[order] - confidence.double()) * counts[:, order]
-    bins = _mass_bins(confidence, counts[:, order], n_bins)
-    summed = torch.zeros(len(counts), n_bins, dtype=torch.float64).scatter_add_(1, bins, gaps)
-    return summed.abs().sum(1) / counts.sum(1)
+    return _resampled_mass_error(*_top_label(probs, labels), counts, n_bins)
 
 
 def calibration_curve(probs: Tensor, labels: Tensor, n_bins: int = 15, strategy: str = "width") -> CalibrationTable:
@@ -186,8 +252,7 @@ def calibration_curve(probs: Tensor, labels: Tensor, n_bins: int = 15, strategy:
     """
     probs, labels = check_predictions(probs, labels)
     _check_bins(n_bins)
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy: got {strategy!r}, expected one of {', '.join(map(repr, STRATEGIES))}.")
+    _check_strategy(strategy)
     confidence, correct = _top_label(probs, labels)
     if strategy == "width":
         edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.float64)
@@ -215,6 +280,21 @@ def _top_label(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return confidence, (predicted == labels).double()
 
 
+def _resampled_width_error(confidence: Tensor, correct: Tensor, counts: Tensor, n_bins: int) -> Tensor:
+    # one column more than bins: torchmetrics' own bin for a confidence of exactly 1
+    gaps = torch.zeros(len(confidence), n_bins + 1, dtype=torch.float64)
+    gaps.scatter_(1, _width_bins(confidence, n_bins)[:, None], (correct - confidence.double())[:, None])
+    return (counts @ gaps).abs().sum(1) / counts.sum(1)
+
+
+def _resampled_mass_error(confidence: Tensor, correct: Tensor, counts: Tensor, n_bins: int) -> Tensor:
+    confidence, order = confidence.sort()
+    gaps = (correct[order] - confidence.double()) * counts[:, order]
+    bins = _mass_bins(confidence, counts[:, order], n_bins)
+    summed = torch.zeros(len(counts), n_bins, dtype=torch.float64).scatter_add_(1, bins, gaps)
+    return summed.abs().sum(1) / counts.sum(1)
+
+
 def _width_bins(confidence: Tensor, n_bins: int) -> Tensor:
     # edges in the confidences' own precision, as torchmetrics has them: float64 edges would move 0.7 a bin
     # down
@@ -229,6 +309,11 @@ def _mass_bins(confidence: Tensor, counts: Tensor, n_bins: int) -> Tensor:
     places = before[:, first_of_group] * n_bins
     # what comes after the last example drawn has a place past the end, and a count of zero
     return torch.div(places, counts.sum(1, keepdim=True), rounding_mode="floor").clamp(max=n_bins - 1).long()
+
+
+def _check_strategy(strategy: str) -> None:
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy: got {strategy!r}, expected one of {', '.join(map(repr, STRATEGIES))}.")
 
 
 def _check_bins(n_bins: int) -> None:

@@ -4,32 +4,27 @@ import dataclasses
 import json
 import logging
 import os
-import re
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
+from filelock import FileLock
 
-from pyrolora.guides import Point, build_guide
-from pyrolora.inference.evaluation.cost import Cost, measure_cost
-from pyrolora.inference.evaluation.harness import evaluate
-from pyrolora.inference.evaluation.methods import ENGINES, METHODS, Method
+from pyrolora.inference.evaluation.cell import Cell, JudgedOn
+from pyrolora.inference.evaluation.configuration import ExperimentConfig, Loader, read_config
 from pyrolora.inference.evaluation.report import Report
-from pyrolora.inference.laplace import Laplace
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.storage import CONFIG as POSTERIOR
 from pyrolora.inference.storage import check_place
 from pyrolora.inference.storage import read_config as read_posterior_config
-from pyrolora.models.adapters import Adapter
 from pyrolora.models.backbones import Backbone, load_backbone
-from pyrolora.models.declarations import declared, declared_prior
-from pyrolora.models.naming import nearest
-from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import Split, Task, task
+
+__all__ = ["CONFIG", "ExperimentConfig", "compare", "fit_one", "read_config"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,177 +32,20 @@ CONFIG = "config.yaml"
 
 # what a folder may grow by: more methods and seeds are more cells of the same table
 GROWING = ("methods", "seeds", "settings")
+# seconds between looks at cells that another process is computing
+POLL_SECONDS = 0.5
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads ``1e-3`` as text, for want of a dot; here it is a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+class UnfinishedCellsError(RuntimeError):
+    """Some cells failed; the others are finished, and a rerun tries the failed ones again."""
 
 
 @dataclass(frozen=True)
-class ExperimentConfig:
-    """Everything that decides the outcome of a comparison.
+class Prepared:
+    """What all cells of one experiment share."""
 
-    Usage::
-
-        compare(ExperimentConfig(task="bbc_headlines", ood=("crowd_tweets",), train_size=300), "runs/demo")
-
-    Attributes:
-        model: backbone, as `load_backbone` takes it.
-        task: task, as `task` takes it.
-        data_dir: folder with the task's files; None for its package or the hub.
-        ood: tasks whose test examples are asked with this task's prompt.
-        methods: names from `METHODS`; the pretrained model comes first in any case.
-        adapter: declaration of the adapter.
-        dtype: type of the frozen weights; ``"auto"`` takes bfloat16 where the device multiplies it in hardware.
-        device: where the network runs.
-        train_size: training examples; None for all.
-        seeds: number of seeds, 0 to seeds - 1; each has its own training subset, start, order and draws.
-        draws: weight draws of a prediction.
-        ood_size: examples of each foreign task at most.
-        test_size: test examples; None for all.
-        settings: method -> changes of its engine's settings, prior or guide.
-    """
-
-    model: str = field(default="smollm2-135m", metadata={"help": "hub id, folder, GGUF file or short name"})
-    task: str = field(default="bbc_headlines", metadata={"help": "name of the task"})
-    data_dir: str | None = field(default=None, metadata={"help": "folder with the task's files"})
-    ood: tuple[str, ...] = field(default=(), metadata={"help": "tasks to tell from the test items"})
-    methods: tuple[str, ...] = field(default=("mle", "map", "blob", "laplace"), metadata={"help": "methods to compare"})
-    adapter: str = field(default="LoRA()", metadata={"help": "declaration of the adapter, such as LoRA(rank=8)"})
-    dtype: str = field(default="auto", metadata={"help": "type of the frozen weights"})
-    device: str = field(default="cpu", metadata={"help": "where the network runs"})
-    train_size: int | None = field(default=None, metadata={"help": "training examples; all by default"})
-    seeds: int = field(default=1, metadata={"help": "number of seeds"})
-    draws: int = field(default=10, metadata={"help": "weight draws of a prediction"})
-    ood_size: int = field(default=300, metadata={"help": "examples of each foreign task at most"})
-    test_size: int | None = field(default=None, metadata={"help": "test examples; all by default"})
-    settings: Mapping[str, Mapping[str, Any]] = field(
-        default_factory=dict, metadata={"help": "method -> changed settings"}
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("ood", "methods"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, tuple(value.split(",")) if isinstance(value, str) else tuple(value))
-        for name in (*self.methods, *self.settings):
-            if name not in METHODS:
-                raise ValueError(
-                    f"Unknown method {name!r}. Did you mean {nearest(name, METHODS)!r}? Methods: {', '.join(METHODS)}."
-                )
-        if not self.methods:
-            raise ValueError(f"No method to compare. Choose some of {', '.join(METHODS)}.")
-        if len(set(self.methods)) < len(self.methods):
-            raise ValueError(f"A method is named twice in {', '.join(self.methods)}. Name each once.")
-        for name in ("seeds", "draws", "ood_size", "train_size", "test_size"):
-            value = getattr(self, name)
-            if value is None and name in ("train_size", "test_size"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is a whole number of at least 1; got {value!r}.")
-        for name, changes in self.settings.items():
-            if not isinstance(changes, Mapping):
-                raise ValueError(f"The settings of {name} are {changes!r}; expected key: value, such as steps: 300.")
-
-    def method(self, name: str) -> Method:
-        """A method with this experiment's changes.
-
-        Raises:
-            ValueError: an unknown method, or a change that it does not have.
-        """
-        if name not in METHODS:
-            raise ValueError(
-                f"Unknown method {name!r}. Did you mean {nearest(name, METHODS)!r}? Methods: {', '.join(METHODS)}."
-            )
-        return METHODS[name].changed(self.settings.get(name, {}))
-
-    def needed(self) -> dict[str, Method]:
-        """The methods of the table, the pretrained model first, and those whose estimates they start from.
-
-        Raises:
-            ValueError: a method or setting that does not fit, or estimates that go round in a circle.
-        """
-        found: dict[str, Method] = {}
-        for name in dict.fromkeys(("zero-shot", *self.methods)):
-            chain: list[str] = []
-            following: str | None = name
-            while following is not None:
-                if following in chain:
-                    raise ValueError(f"The estimates go round in a circle: {' <- '.join([*chain, following])}.")
-                chain.append(following)
-                found[following] = self.method(following)
-                following = found[following].estimate
-        for method in found.values():
-            if method.engine != "none":
-                method.make_engine()
-        return found
-
-    def to_dict(self) -> dict[str, Any]:
-        """The resolved configuration: every default written out, every method with its engine's settings."""
-        resolved = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        resolved["ood"], resolved["methods"] = list(self.ood), list(self.methods)
-        resolved["settings"] = {name: method.to_dict() for name, method in self.needed().items()}
-        return resolved
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "ExperimentConfig":
-        """Read a configuration.
-
-        Raises:
-            ValueError: an unknown key; the nearest is offered.
-        """
-        valid = [entry.name for entry in fields(cls)]
-        for key in values:
-            if key not in valid:
-                raise ValueError(
-                    f"Unknown setting {key!r}. Did you mean {nearest(key, valid)!r}? Settings: {', '.join(valid)}."
-                )
-        return cls(**values)
-
-
-def read_config(file: str | Path | None, changes: Sequence[str] = ()) -> dict[str, Any]:
-    """Values of a YAML file with ``key=value`` changes: ``read_config("run.yaml", ["seeds=3", "blob.kl_weight=0.3"])``.
-
-    A key with a dot changes a setting of a method.
-
-    Args:
-        file: YAML file, or None for nothing but the changes.
-        changes: ``key=value``, the value in YAML.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not YAML, not a mapping, or a change without ``=``.
-    """
-    values: dict[str, Any] = {}
-    if file is not None:
-        path = Path(file)
-        if not path.is_file():
-            raise FileNotFoundError(f"No config file at {str(file)!r}.")
-        try:
-            values = yaml.load(path.read_text(), Loader=_Loader) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} holds a {type(values).__name__}; expected settings as key: value lines.")
-    for change in changes:
-        key, equals, text = change.partition("=")
-        if not equals:
-            raise ValueError(f"Cannot read --set {change!r}; expected key=value, such as blob.kl_weight=0.3.")
-        try:
-            value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError as error:
-            raise ValueError(f"Cannot read --set {change!r}: {text!r} is not a value in YAML.") from error
-        method, dot, setting = key.partition(".")
-        if dot:
-            settings = values["settings"] = dict(values.get("settings") or {})
-            settings[method] = {**(settings.get(method) or {}), setting: value}
-        else:
-            values[key] = value
-    return values
+    backbone: Backbone
+    judged_on: JudgedOn
 
 
 def compare(config: ExperimentConfig, out: str | Path, *, progress: bool = True) -> Report:
@@ -226,35 +64,8 @@ def compare(config: ExperimentConfig, out: str | Path, *, progress: bool = True)
             written then.
     """
     out = Path(out)
-    needed = config.needed()
-    _check_claim(out, config)
-    foreign = {name: _at_most(task(name).test, config.ood_size) for name in config.ood}
-    data = task(config.task, data_dir=config.data_dir, train_size=config.train_size)
-    test = data.test if config.test_size is None else data.test.subset(config.test_size, seed=0)
-    backbone = load_backbone(config.model, dtype=config.dtype, device=config.device)
-    for name in needed:
-        Cell(config, name, 0, out).model(backbone, data)  # refuses sites, ranks and priors that do not fit
-    _claim(out, config)
-    reports = []
-    for seed in range(config.seeds):
-        data = task(config.task, data_dir=config.data_dir, train_size=config.train_size, seed=seed)
-        fitted: dict[str, Posterior] = {}
-        for name in ("zero-shot", *(entry for entry in config.methods if entry != "zero-shot")):
-            cell = Cell(config, name, seed, out / name / f"seed-{seed}")
-            report = cell.report()
-            if report is None:
-                logger.info("%s, seed %d", name, seed)
-                posterior = cell.posterior(backbone, data, fitted, progress)
-                fitted[name] = posterior
-                costs = {name: Cost.from_dict(posterior.record["cost"])} if "cost" in posterior.record else {}
-                report = evaluate(
-                    {name: posterior}, test, ood=foreign, draws=config.draws, seed=seed, costs=costs, progress=progress
-                )
-                report.save(cell.folder)
-            reports.append(report)
-    merged = Report.merge(reports)
-    merged.save(out)
-    return merged
+    prepared = prepare(config, out)
+    return finish_cells(config, out, prepared, progress=progress, keep_going=False)
 
 
 def fit_one(config: ExperimentConfig, name: str, seed: int, folder: str | Path, *, progress: bool = True) -> Posterior:
@@ -282,7 +93,7 @@ def fit_one(config: ExperimentConfig, name: str, seed: int, folder: str | Path, 
                 "--out, or delete the folder."
             )
         _check_claim(folder, config)
-    data = task(config.task, data_dir=config.data_dir, train_size=config.train_size, seed=seed)
+    data = _task(config, seed)
     backbone = load_backbone(config.model, dtype=config.dtype, device=config.device)
     # beside the posterior, because saving replaces the folder; claimed, so that only the same fit takes it up again
     estimates = folder.with_name(folder.name + ".estimate")
@@ -297,83 +108,86 @@ def fit_one(config: ExperimentConfig, name: str, seed: int, folder: str | Path, 
     return posterior
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One method under one seed, with the folder that its results live in.
+def prepare(config: ExperimentConfig, out: Path, backbone: Backbone | None = None) -> Prepared:
+    """Load what all cells need, refuse what does not fit, and claim the folder; nothing is written before all fits."""
+    needed = config.needed()
+    _check_claim(out, config)
+    foreign = {name: _at_most(task(name).test, config.ood_size) for name in config.ood}
+    data = _task(config)
+    shifted = {name: _shifted(name, config, data) for name in config.shift}
+    test = data.test if config.test_size is None else data.test.subset(config.test_size, seed=0)
+    if config.miscoverage is not None and not len(data.validation):
+        raise ValueError(
+            f"The task {config.task!r} has no validation data to calibrate sets on. Leave miscoverage out."
+        )
+    backbone = backbone or load_backbone(config.model, dtype=config.dtype, device=config.device)
+    for name in needed:
+        Cell(config, name, 0, out).model(backbone, data)  # refuses sites, ranks and priors that do not fit
+    _claim(out, config)
+    return Prepared(backbone, JudgedOn(test, foreign, shifted))
 
-    Attributes:
-        config: the experiment.
-        name: the method.
-        seed: the seed.
-        folder: where its posterior and report are kept.
-        estimates: folder with a folder a method, where a posterior that this one starts from is kept; by default the
-            experiment's own.
+
+def finish_cells(
+    config: ExperimentConfig, out: Path, prepared: Prepared, *, progress: bool, keep_going: bool
+) -> Report:
+    """Compute every cell that is not finished, beside any number of processes that do the same, and merge the reports.
+
+    A cell that another process holds is passed over; when nothing else is left it is waited for, and taken over if its holder
+    dies.
     """
+    names = ("zero-shot", *(entry for entry in config.methods if entry != "zero-shot"))
+    cells = [Cell(config, name, seed, out / name / f"seed-{seed}") for seed in range(config.seeds) for name in names]
+    pending, failures = [cell for cell in cells if not cell.finished], {}
+    data: dict[int, Task] = {}
+    fitted: dict[int, dict[str, Posterior]] = {}
+    while pending:
+        before = len(pending)
+        for cell in list(pending):
+            with cell.claim() as claimed:
+                if not claimed:
+                    continue
+                if not cell.finished:
+                    logger.info("%s, seed %d", cell.name, cell.seed)
+                    if cell.seed not in data:  # one seed's task and posteriors at a time
+                        data, fitted = {cell.seed: _task(config, cell.seed)}, {cell.seed: {}}
+                    try:
+                        cell.compute(
+                            prepared.backbone, data[cell.seed], prepared.judged_on, fitted[cell.seed], progress
+                        )
+                    except Exception as error:
+                        if not keep_going:
+                            raise
+                        logger.error("%s, seed %d failed: %s", cell.name, cell.seed, error)
+                        failures[f"{cell.name}, seed {cell.seed}"] = error
+                pending.remove(cell)
+        if len(pending) == before:
+            time.sleep(POLL_SECONDS)
+    finished = [report for report in (cell.report() for cell in cells) if report is not None]
+    if finished:
+        merged = Report.merge(finished)
+        merged.save(out)
+    if failures:
+        listed = "; ".join(f"{name}: {error}" for name, error in failures.items())
+        raise UnfinishedCellsError(f"{len(failures)} of {len(cells)} cells failed and the rest is finished. {listed}")
+    return merged
 
-    config: ExperimentConfig
-    name: str
-    seed: int
-    folder: Path
-    estimates: Path | None = None
 
-    def report(self) -> Report | None:
-        """The finished report, if there is one."""
-        return Report.load(self.folder) if (self.folder / "report.json").is_file() else None
+def _task(config: ExperimentConfig, seed: int = 0) -> Task:
+    return task(config.task, data_dir=config.data_dir, train_size=config.train_size, seed=seed)
 
-    def model(self, backbone: Backbone, data: Task) -> BayesianModel:
-        """The method's model: the experiment's adapter and its own, under its prior."""
-        method = self.config.method(self.name)
-        adapters = [
-            declared(text, Adapter.registered, "adapter")
-            for text in (method.adapter or self.config.adapter, *method.adapters)
-        ]
-        return BayesianModel(backbone, data, adapter=adapters, prior=declared_prior(method.prior))
 
-    def posterior(self, backbone: Backbone, data: Task, fitted: dict[str, Posterior], progress: bool) -> Posterior:
-        """The fitted posterior, read from the folder if it was kept, else fitted and kept.
-
-        Args:
-            backbone: the frozen network.
-            data: the task.
-            fitted: posteriors of this seed so far, from which an estimate may be taken; one that is made is added.
-            progress: show bars.
-        """
-        method = self.config.method(self.name)
-        model = self.model(backbone, data)
-        if (self.folder / POSTERIOR).is_file():
-            return Posterior.from_pretrained(self.folder, model=model)
-        if method.engine == "none":
-            return Posterior(model, build_guide(Point(), model), {"engine": "none", "num_data": len(data.train)})
-        arguments: dict[str, Any] = {}
-        before = Cost(0.0, 0)
-        if method.estimate is not None:
-            if method.estimate not in fitted:
-                root = self.folder.parent.parent if self.estimates is None else self.estimates
-                other = dataclasses.replace(
-                    self, name=method.estimate, folder=root / method.estimate / f"seed-{self.seed}"
-                )
-                fitted[method.estimate] = other.posterior(backbone, data, fitted, progress)
-            arguments["estimate"] = fitted[method.estimate]
-            if "cost" in fitted[method.estimate].record:
-                before = Cost.from_dict(fitted[method.estimate].record["cost"])
-        training = self.folder.with_name(self.folder.name + ".training")
-        taken = {entry.name for entry in fields(ENGINES[method.engine])}
-        seeded = {key: value for key, value in (("checkpoint", training), ("seed", self.seed)) if key in taken}
-        engine = method.make_engine(**seeded)
-        if isinstance(engine, Laplace):
-            if engine.precision == "validation":
-                arguments["validation"] = data.validation
-            if "estimate" not in arguments:
-                arguments["generator"] = torch.Generator().manual_seed(self.seed)
-        with measure_cost(self.config.device) as cost:
-            posterior = engine.fit(model, data.train, progress=progress, **arguments)
-        # what an estimate cost is part of what the method costs
-        total = Cost(cost.seconds + before.seconds, max(cost.peak_memory_bytes, before.peak_memory_bytes))
-        posterior.record["cost"] = total.to_dict()
-        posterior.record["cell"] = {"method": self.name, "seed": self.seed}
-        posterior.save_pretrained(self.folder)
-        shutil.rmtree(training, ignore_errors=True)
-        return posterior
+def _shifted(name: str, config: ExperimentConfig, data: Task) -> Split:
+    """Test items of a sibling task, which lies in the same folder if it lies in one."""
+    try:
+        other = task(name, data_dir=config.data_dir)
+    except FileNotFoundError:  # it may come from a package or the hub
+        other = task(name)
+    if other.labels != data.labels:
+        raise ValueError(
+            f"The task {name!r} has the classes {', '.join(other.labels)}, expected {', '.join(data.labels)} as in "
+            f"{config.task!r}. Name it under ood, where labels are not used."
+        )
+    return _at_most(other.test, config.ood_size)
 
 
 def _at_most(split: Split, size: int) -> Split:
@@ -388,7 +202,7 @@ def _check_claim(out: Path, config: ExperimentConfig) -> dict[str, Any]:
     path = out / CONFIG
     if not path.is_file():
         return {}
-    stored = yaml.load(path.read_text(), Loader=_Loader)
+    stored = yaml.load(path.read_text(), Loader=Loader)
     resolved = json.loads(json.dumps(config.to_dict()))
     pairs = [(key, stored.get(key), value) for key, value in resolved.items() if key not in GROWING]
     for name, settings in stored["settings"].items():
@@ -405,11 +219,15 @@ def _check_claim(out: Path, config: ExperimentConfig) -> dict[str, Any]:
 
 def _claim(out: Path, config: ExperimentConfig) -> None:
     """Write the resolved configuration of everything that the folder holds or will hold."""
-    stored, resolved = _check_claim(out, config), config.to_dict()
-    resolved["methods"] = list(dict.fromkeys([*stored.get("methods", ()), *config.methods]))
-    resolved["seeds"] = max(stored.get("seeds", 1), config.seeds)
-    resolved["settings"] = {**stored.get("settings", {}), **resolved["settings"]}
-    _write_config(out, resolved)
+    out.mkdir(parents=True, exist_ok=True)
+    lock = out / f".{CONFIG}.lock"
+    with FileLock(lock):
+        stored, resolved = _check_claim(out, config), config.to_dict()
+        resolved["methods"] = list(dict.fromkeys([*stored.get("methods", ()), *config.methods]))
+        resolved["seeds"] = max(stored.get("seeds", 1), config.seeds)
+        resolved["settings"] = {**stored.get("settings", {}), **resolved["settings"]}
+        _write_config(out, resolved)
+    lock.unlink(missing_ok=True)
 
 
 def _write_config(out: Path, resolved: Mapping[str, Any]) -> None:

@@ -86,7 +86,7 @@ def _logit_statistics(posterior: Posterior, data: Split | EncodedSplit, seed: in
     # features of many rows times thousands of draws: some rows at a time
     probs, spread = [], []
     for part in features.values.split(16):
-        logits = head.logits(part, weights).double()
+        logits = head.logits(part, weights).double() / posterior.logit_temperature
         probs.append(logits.softmax(-1).mean(0))
         away = logits - logits.mean(0)
         covariance = torch.einsum("snc,snk->nck", away, away) / (len(weights) - 1)

@@ -9,13 +9,25 @@ import torch
 from torch import Tensor
 
 from pyrolora.inference.evaluation.aggregate import Row
-from pyrolora.inference.evaluation.bootstrap import Interval, bootstrap_auroc, bootstrap_metrics
 from pyrolora.inference.evaluation.calibration import STRATEGIES, calibration_curve
 from pyrolora.inference.evaluation.cost import Cost
-from pyrolora.inference.evaluation.markdown import Column
 from pyrolora.inference.evaluation.metrics import classification_metrics
-from pyrolora.inference.evaluation.ood import OOD_SCORES
 from pyrolora.inference.evaluation.report import Report
+from pyrolora.inference.evaluation.sections import (
+    DISAGREEMENT_COLUMN,
+    UNCERTAINTY_COLUMNS,
+    Resampling,
+    disagreement_metrics,
+    metric_columns,
+    ood_columns,
+    ood_metrics,
+    set_columns,
+    set_metrics,
+    shift_columns,
+    shift_metrics,
+    uncertainty_metrics,
+)
+from pyrolora.inference.evaluation.selective import risk_coverage_curve
 from pyrolora.inference.evaluation.validation import check_predictions, check_probabilities
 from pyrolora.models.naming import nearest
 
@@ -61,6 +73,10 @@ def evaluate(
     data: Any,
     *,
     ood: Mapping[str, Any] | None = None,
+    shift: Mapping[str, Any] | None = None,
+    calibration: Any = None,
+    miscoverage: float = 0.1,
+    disagreement: Tensor | None = None,
     draws: int = 10,
     kind: str | None = None,
     n_bins: int = 15,
@@ -82,6 +98,11 @@ def evaluate(
         posteriors: name -> posterior, in the order of the table.
         data: labelled held-out examples, as the posteriors' ``predict`` takes them.
         ood: name -> foreign examples that the scores should tell from ``data``; their labels are not used.
+        shift: name -> labelled examples of the same classes from elsewhere.
+        calibration: labelled examples that calibrate conformal prediction sets, such as ``task.validation``; none, no sets.
+            The promise of the sets is exact only if nothing else was chosen on them.
+        miscoverage: share of sets that may miss the true class.
+        disagreement: of people about each example of ``data``, such as `human_disagreement` of it.
         draws: posterior draws to average over.
         kind: kind of prediction; None leaves it to each posterior.
         n_bins: bins of the calibration errors.
@@ -96,15 +117,20 @@ def evaluate(
 
     Raises:
         ValueError: no posteriors, a cost for an unknown one, labels that are missing or differ between
-            posteriors, invalid probabilities (the method and the row are named), or foreign predictions over
+            posteriors, invalid probabilities (the method and the row are named), or foreign or shifted predictions over
             other classes.
     """
     if not posteriors:
         raise ValueError("posteriors: got an empty mapping, expected {name: posterior}. Fit at least one first.")
     if draws < 1:
         raise ValueError(f"draws: got {draws}, expected at least 1; 10 is usual.")
-    ood, costs = ood or {}, costs or {}
+    ood, shift, costs = ood or {}, shift or {}, costs or {}
+    if both := sorted(ood.keys() & shift.keys()):
+        raise ValueError(
+            f"shift: got {both[0]!r}, which ood has as well, expected different names. Rename one of them."
+        )
     _check_cost_names(costs, posteriors)
+    resampling = Resampling(resamples, LEVEL, seed)
     rows: list[Row] = []
     truth: Tensor | None = None
     for name, posterior in posteriors.items():
@@ -120,86 +146,79 @@ def evaluate(
                 progress=progress,
             )
 
+        source = f"posterior {name!r}"
         start = time.perf_counter()
         familiar = predict(data)
         seconds = time.perf_counter() - start
-        probs, labels = _check_familiar(name, familiar, truth)
+        mean, labels = _check_familiar(source, familiar, truth)
         truth = labels
-        foreign = {other: _check_foreign(name, other, predict(examples), probs) for other, examples in ood.items()}
-        mean = probs.double().mean(0).to(probs.dtype)
-        metrics = bootstrap_metrics(
-            classification_metrics(n_bins).values(), mean, labels, resamples=resamples, level=LEVEL, seed=seed
-        )
-        for other, draws_of_other in foreign.items():
-            metrics |= _ood_metrics(other, probs, draws_of_other, resamples, seed)
+        metrics = resampling.of_metrics(classification_metrics(n_bins).values(), mean, labels)
+        metrics |= uncertainty_metrics(familiar, resampling)
+        sizes = {}
+        for other, examples in ood.items():
+            foreign = predict(examples)
+            sizes[other] = _check_classes(f"{source} on {other!r}", foreign, mean).shape[1]
+            metrics |= ood_metrics(other, familiar, foreign, resampling)
+        shifted_sizes = {}
+        for other, examples in shift.items():
+            shifted, its_labels = _check_labelled(f"{source} on {other!r}", predict(examples), mean)
+            shifted_sizes[other] = len(its_labels)
+            metrics |= shift_metrics(other, shifted, its_labels, n_bins, resampling)
+        if calibration is not None:
+            held_out = _check_labelled(f"{source} on the calibration examples", predict(calibration), mean)
+            metrics |= set_metrics(held_out, (mean, labels), miscoverage, resampling)
+        if disagreement is not None:
+            metrics |= disagreement_metrics(familiar.probs, disagreement, resampling)
         rows.append(
             Row(
                 method=name,
                 seed=seed,
                 kind=familiar.kind,
-                draws=len(probs),
+                draws=len(familiar.probs),
                 examples=len(labels),
                 metrics=metrics,
                 calibration={strategy: calibration_curve(mean, labels, n_bins, strategy) for strategy in STRATEGIES},
+                risk_coverage=risk_coverage_curve(mean, labels),
                 predict_seconds=seconds,
-                ood_examples={other: draws_of_other.shape[1] for other, draws_of_other in foreign.items()},
+                ood_examples=sizes,
+                shift_examples=shifted_sizes,
                 cost=costs.get(name),
             )
         )
-    return Report(tuple(rows), _columns(n_bins, ood), n_bins, resamples, LEVEL)
+    columns = [*metric_columns(n_bins), *UNCERTAINTY_COLUMNS]
+    columns += [column for other in ood for column in ood_columns(other)]
+    columns += [column for other in shift for column in shift_columns(other, n_bins)]
+    columns += set_columns(miscoverage) if calibration is not None else []
+    columns += [DISAGREEMENT_COLUMN] if disagreement is not None else []
+    return Report(tuple(rows), tuple(columns), n_bins, resamples, LEVEL)
 
 
-def _columns(n_bins: int, ood: Mapping[str, Any]) -> tuple[Column, ...]:
-    columns = [
-        Column(metric.name, metric.title, metric.higher_is_better, interval_digits=metric.interval_digits)
-        for metric in classification_metrics(n_bins).values()
-    ]
-    for other in ood:
-        section = f"Telling {other} from the test items (AUROC)"
-        columns += [
-            Column(f"auroc_{score.name}/{other}", f"AUROC {score.title}", True, section)
-            for score in OOD_SCORES.values()
-        ]
-    return tuple(columns)
-
-
-def _ood_metrics(other: str, familiar: Tensor, foreign: Tensor, resamples: int, seed: int) -> dict[str, Interval]:
-    metrics = {}
-    for score in OOD_SCORES.values():
-        reason = score.undefined_reason(familiar, foreign)
-        metrics[f"auroc_{score.name}/{other}"] = (
-            Interval.undefined(reason)
-            if reason
-            else bootstrap_auroc(
-                score.function(familiar), score.function(foreign), resamples=resamples, level=LEVEL, seed=seed
-            )
-        )
-    return metrics
-
-
-def _check_familiar(name: str, prediction: Prediction, truth: Tensor | None) -> tuple[Tensor, Tensor]:
-    source = f"posterior {name!r}"
-    probs = _check_draws(source, prediction)
-    if prediction.labels is None:
-        raise ValueError(
-            f"{source}: got predictions without labels, expected labelled examples. Evaluate on a split "
-            "whose items all have one."
-        )
-    _, labels = check_predictions(probs.mean(0), prediction.labels, source=source)
+def _check_familiar(source: str, prediction: Prediction, truth: Tensor | None) -> tuple[Tensor, Tensor]:
+    mean, labels = _check_labelled(source, prediction)
     if truth is not None and not torch.equal(labels, truth):
         raise ValueError(
             f"{source}: got labels that differ from those of the posterior before it, expected the same "
             "items in the same order. Let predict return rows in the order of the data."
         )
-    return probs, labels
+    return mean, labels
 
 
-def _check_foreign(name: str, other: str, prediction: Prediction, familiar: Tensor) -> Tensor:
-    source = f"posterior {name!r} on {other!r}"
-    probs = _check_draws(source, prediction)
-    if probs.shape[2] != familiar.shape[2]:
+def _check_labelled(source: str, prediction: Prediction, familiar: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean probabilities and labels."""
+    probs = _check_draws(source, prediction) if familiar is None else _check_classes(source, prediction, familiar)
+    if prediction.labels is None:
         raise ValueError(
-            f"{source}: got {probs.shape[2]} classes, expected {familiar.shape[2]} as on the test items: "
+            f"{source}: got predictions without labels, expected labelled examples. Evaluate on a split "
+            "whose items all have one."
+        )
+    return check_predictions(probs.double().mean(0).to(probs.dtype), prediction.labels, source=source)
+
+
+def _check_classes(source: str, prediction: Prediction, familiar: Tensor) -> Tensor:
+    probs = _check_draws(source, prediction)
+    if probs.shape[2] != familiar.shape[1]:
+        raise ValueError(
+            f"{source}: got {probs.shape[2]} classes, expected {familiar.shape[1]} as on the test items: "
             "entropies over different classes do not compare. Predict foreign items over the test task's "
             "classes."
         )

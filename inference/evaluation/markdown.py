@@ -18,14 +18,14 @@ class Column:
     Attributes:
         name: key in the rows' metrics.
         title: heading.
-        higher_is_better: which end is the good one.
+        higher_is_better: which end is the good one; None where neither is.
         section: heading of the table that it stands in.
         interval_digits: decimals of the interval's ends.
     """
 
     name: str
     title: str
-    higher_is_better: bool
+    higher_is_better: bool | None
     section: str = "Test items"
     interval_digits: int = 2
 
@@ -56,8 +56,8 @@ def render_markdown(
         body = [_metric_cells(column, summaries) for column in columns if column.section == section]
         parts.append(f"### {section}\n\n" + _table([["Method", *names], *body]))
     parts.append("### Cost\n\n" + _table([["Method", *names], *_cost_cells(summaries)]))
-    parts.append(_caption(summaries, n_bins, resamples, level, mixed))
-    notes = _undefined_notes(summaries, columns)
+    parts.append(textwrap.fill(caption(summaries, n_bins, resamples, level), CAPTION_WIDTH, break_on_hyphens=False))
+    notes = undefined_notes(summaries, columns)
     if notes:
         parts.append("\n".join(f"- {note}" for note in notes))
     return "\n\n".join(parts) + "\n"
@@ -92,10 +92,13 @@ def _cost_cells(summaries: Sequence[Summary]) -> list[list[str]]:
     ]
 
 
-def _with_best_bold(values: Sequence[float | None], higher_is_better: bool, text: Callable[[float], str]) -> list[str]:
+def _with_best_bold(
+    values: Sequence[float | None], higher_is_better: bool | None, text: Callable[[float], str]
+) -> list[str]:
     known = [value for value in values if value is not None]
-    # with a single method nothing is best
-    best = text(max(known) if higher_is_better else min(known)) if len(known) > 1 else None
+    # with a single method nothing is best, nor where all are alike
+    judged = higher_is_better is not None and len({text(value) for value in known}) > 1
+    best = text(max(known) if higher_is_better else min(known)) if judged else None
     shown = [MISSING if value is None else text(value) for value in values]
     return [f"**{cell}**" if cell == best else cell for cell in shown]
 
@@ -109,12 +112,23 @@ def _table(columns: list[list[str]]) -> str:
     return "\n".join([lines[0], "| " + " | ".join("-" * width for width in widths) + " |", *lines[1:]])
 
 
-def _caption(summaries: Sequence[Summary], n_bins: int, resamples: int, level: float, mixed: bool) -> str:
+def cost_rows(summaries: Sequence[Summary]) -> list[list[str]]:
+    """The cost table as rows of text, headings first: ``cost_rows(report.summaries())``."""
+    columns = [["Method", *(summary.method for summary in summaries)], *_cost_cells(summaries)]
+    return [[cell.replace("**", "") for cell in row] for row in zip(*columns, strict=True)]
+
+
+def caption(summaries: Sequence[Summary], n_bins: int, resamples: int, level: float) -> str:
+    """What the numbers of a table are: sizes, draws, seeds and intervals; arguments as `render_markdown`."""
+    mixed = len({summary.across_seeds for summary in summaries}) > 1
     rows = [row for summary in summaries for row in summary.rows]
     sizes = [f"{_spread(row.examples for row in rows)} test items"]
     for name in dict.fromkeys(name for row in rows for name in row.ood_examples):
         foreign = (row.ood_examples[name] for row in rows if name in row.ood_examples)
         sizes.append(f"{_spread(foreign)} foreign items of {name}")
+    for name in dict.fromkeys(name for row in rows for name in row.shift_examples):
+        shifted = (row.shift_examples[name] for row in rows if name in row.shift_examples)
+        sizes.append(f"{_spread(shifted)} shifted items of {name}")
     bootstrap = f"{level:.0%} bootstrap over items ({resamples} resamples)"
     across = f"{level:.0%} t-interval across seeds (values are means over seeds)"
     if mixed:
@@ -122,14 +136,14 @@ def _caption(summaries: Sequence[Summary], n_bins: int, resamples: int, level: f
     else:
         intervals = across if any(summary.across_seeds for summary in summaries) else bootstrap
     seeds = sorted({row.seed for row in rows})
-    caption = (
+    text = (
         f"{', '.join(sizes)}; {_draws(summaries)}; calibration errors with {n_bins} bins, L1, top label; "
         f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}. Intervals: {intervals}. "
         "Bold: best of the column."
     )
     if any(not summary.across_seeds for summary in summaries):
-        caption += " Resampling biases a calibration error upwards: its interval sits high and may miss the value."
-    return textwrap.fill(caption, CAPTION_WIDTH, break_on_hyphens=False)
+        text += " Resampling biases a calibration error upwards: its interval sits high and may miss the value."
+    return text
 
 
 def _draws(summaries: Sequence[Summary]) -> str:
@@ -144,7 +158,8 @@ def _draws(summaries: Sequence[Summary]) -> str:
     return ", ".join(f"{how} for {', '.join(names)}" for how, names in methods.items())
 
 
-def _undefined_notes(summaries: Sequence[Summary], columns: Sequence[Column]) -> list[str]:
+def undefined_notes(summaries: Sequence[Summary], columns: Sequence[Column]) -> list[str]:
+    """Why some values are undefined, one sentence for each column and reason; arguments as `render_markdown`."""
     methods: dict[tuple[str, str], list[str]] = {}
     for column in columns:
         for summary in summaries:

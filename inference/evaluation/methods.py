@@ -5,15 +5,24 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pyrolora.guides.base import Family
+from pyrolora.inference.evaluation.temperature import TemperatureScaling
 from pyrolora.inference.laplace import Laplace
 from pyrolora.inference.map import MAP
 from pyrolora.inference.nuts import NUTS
+from pyrolora.inference.schedules import SCHEDULES
 from pyrolora.inference.svi import SVI
 from pyrolora.inference.vbll import VBLL
 from pyrolora.models.declarations import declared
 from pyrolora.models.naming import nearest
 
-ENGINES = {"MAP": MAP, "SVI": SVI, "Laplace": Laplace, "VBLL": VBLL, "NUTS": NUTS}
+ENGINES = {
+    "MAP": MAP,
+    "SVI": SVI,
+    "Laplace": Laplace,
+    "VBLL": VBLL,
+    "NUTS": NUTS,
+    "TemperatureScaling": TemperatureScaling,
+}
 
 # for posteriors with a width: the prior's scale is the noise that silent weights keep, and this much the network bears
 NARROW = "Normal(0, 0.05)"
@@ -21,8 +30,9 @@ NARROW = "Normal(0, 0.05)"
 COLD = {"steps": 150, "kl_weight": 0.01}
 # for points: under the narrow one 300 examples cannot hold A up, and accuracy falls with it
 WIDE = "Normal(0, 1)"
-# of last-layer methods: every site inside the network has an underscore after its dot, head.weight has none
-LAST_LAYER = {"*.*_*": WIDE, "head.weight": "logit_scale(2)"}
+# sites inside the network, whatever the adapter: all but head.weight
+INSIDE = "*[!d].*"
+LAST_LAYER = {INSIDE: WIDE, "head.weight": "logit_scale(2)"}
 PAPER = {"objective": "jensen", "mode": "joint", "refit": "none"}
 # orthonormal factors have small entries: a rate ten times LoRA's, as PoLAR's release uses
 FAST = {"learning_rate": 1e-2}
@@ -33,13 +43,14 @@ class Method:
     """One row of a comparison, as text and numbers that a YAML file can hold.
 
     Attributes:
-        engine: ``"MAP"``, ``"SVI"``, ``"Laplace"``, ``"VBLL"``, ``"NUTS"``, or ``"none"`` for the pretrained model.
+        engine: ``"MAP"``, ``"SVI"``, ``"Laplace"``, ``"VBLL"``, ``"NUTS"``, ``"TemperatureScaling"``, or ``"none"`` for the
+            pretrained model.
         prior: declaration of the prior, or ``{glob pattern: declaration}``.
         guide: declaration of the guide, or ``{glob pattern: declaration}``; for SVI and VBLL.
         settings: settings of the engine.
         adapters: declarations of adapters added to the experiment's own.
         adapter: declaration of an adapter in place of the experiment's own.
-        estimate: another method whose posterior mean this one starts from (Laplace, VBLL, NUTS).
+        estimate: another method whose posterior this one starts from (Laplace, VBLL, NUTS, TemperatureScaling).
     """
 
     engine: str
@@ -49,6 +60,19 @@ class Method:
     adapters: tuple[str, ...] = ()
     adapter: str | None = None
     estimate: str | None = None
+
+    @classmethod
+    def of_engine(cls, engine: str) -> "Method":
+        """A method of an engine with the defaults that were chosen for it.
+
+        Raises:
+            ValueError: an unknown engine; the nearest is offered.
+        """
+        if engine not in ENGINES:
+            raise ValueError(
+                f"Unknown engine {engine!r}. Did you mean {nearest(str(engine), ENGINES)!r}? Engines: {', '.join(ENGINES)}."
+            )
+        return METHODS[USUAL[engine]] if engine in USUAL else cls(engine)
 
     def changed(self, overrides: Mapping[str, Any]) -> "Method":
         """The method with some of its own fields or of its engine's settings replaced.
@@ -100,6 +124,8 @@ class Method:
             number = isinstance(default, int | float) and not isinstance(default, bool)
             if number and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise ValueError(f"The setting {key!r} of {self.engine} is a number; got {value!r}.")
+        if isinstance(schedule := settings.get("schedule"), str):
+            settings["schedule"] = declared(schedule, SCHEDULES, "schedule")
         if self.guide is not None:
             guide = self.guide
             if not issubclass(ENGINES[self.engine], SVI):
@@ -125,7 +151,7 @@ METHODS: dict[str, Method] = {
     "laplace_kron": Method("Laplace", settings={"structure": "kron", "precision": "validation"}, estimate="map"),
     "laplace_last_layer": Method(
         "Laplace",
-        prior={"*.lora_*": WIDE, "head.weight": "Normal(0, 0.1)"},
+        prior={INSIDE: WIDE, "head.weight": "Normal(0, 0.1)"},
         settings={"structure": "last_layer", "precision": "validation"},
         adapters=("LastLayer()",),
     ),
@@ -147,3 +173,6 @@ METHODS: dict[str, Method] = {
         adapter="PoLAR()",
     ),
 }
+
+# whose prior and settings a new method of an engine starts from
+USUAL = {"MAP": "map", "SVI": "blob", "Laplace": "laplace", "VBLL": "vbll", "NUTS": "nuts_last_layer"}

@@ -9,13 +9,26 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from pyrolora.inference.evaluation.calibration import (
+    classwise_ece,
     ece_equal_mass,
     ece_equal_width,
+    maximum_calibration_error,
+    resampled_classwise_ece,
     resampled_ece_equal_mass,
     resampled_ece_equal_width,
+    resampled_maximum_calibration_error,
+)
+from pyrolora.inference.evaluation.selective import (
+    area_under_risk_coverage,
+    coverage_at_risk,
+    resampled_area,
+    resampled_coverage,
 )
 from pyrolora.inference.evaluation.validation import check_predictions
 from pyrolora.models.naming import nearest
+
+CALIBRATION = "Calibration of every class, and in the worst bin"
+SELECTIVE = "Selective prediction (most confident first)"
 
 
 @dataclass(frozen=True)
@@ -32,6 +45,7 @@ class Metric:
         resampled: ``(probs, labels, counts (resamples, examples)) -> (resamples,)``, the same metric of every
             resample.
         interval_digits: decimals that its interval is printed with.
+        section: heading of the table that it stands in.
     """
 
     name: str
@@ -40,6 +54,7 @@ class Metric:
     function: Callable[[Tensor, Tensor], Tensor]
     resampled: Callable[[Tensor, Tensor, Tensor], Tensor]
     interval_digits: int = 2
+    section: str = "Test items"
 
 
 def accuracy(probs: Tensor, labels: Tensor) -> Tensor:
@@ -135,6 +150,41 @@ def classification_metrics(n_bins: int = 15) -> dict[str, Metric]:
             partial(ece_equal_mass, n_bins=n_bins),
             partial(resampled_ece_equal_mass, n_bins=n_bins),
             interval_digits=3,
+        ),
+        Metric(
+            "ece_classwise",
+            f"Classwise ECE ({n_bins} bins)",
+            False,
+            partial(classwise_ece, n_bins=n_bins),
+            partial(resampled_classwise_ece, n_bins=n_bins),
+            interval_digits=3,
+            section=CALIBRATION,
+        ),
+        Metric(
+            "ece_adaptive",
+            f"Adaptive ECE ({n_bins} bins)",
+            False,
+            partial(classwise_ece, n_bins=n_bins, strategy="mass"),
+            partial(resampled_classwise_ece, n_bins=n_bins, strategy="mass"),
+            interval_digits=3,
+            section=CALIBRATION,
+        ),
+        Metric(
+            "mce",
+            f"MCE ({n_bins} bins)",
+            False,
+            partial(maximum_calibration_error, n_bins=n_bins),
+            partial(resampled_maximum_calibration_error, n_bins=n_bins),
+            section=CALIBRATION,
+        ),
+        Metric("aurc", "AURC", False, area_under_risk_coverage, resampled_area, interval_digits=3, section=SELECTIVE),
+        Metric(
+            "coverage_at_5",
+            "Coverage at 5% risk",
+            True,
+            coverage_at_risk,
+            resampled_coverage,
+            section=SELECTIVE,
         ),
     ]
     return {metric.name: metric for metric in metrics}

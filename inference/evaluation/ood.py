@@ -1,11 +1,11 @@
-"""Uncertainty of a prediction, split by its source, and how well it tells foreign from familiar examples."""
+"""Uncertainty of a prediction, split by its source, and the scores by which foreign examples may be told apart."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc
 
 from pyrolora.inference.evaluation.validation import check_probabilities
 
@@ -33,6 +33,14 @@ class Uncertainty:
     epistemic: Tensor
 
 
+class Scored(Protocol):
+    """The part of a predictive distribution that scores are made of."""
+
+    @property
+    def probs(self) -> Tensor:
+        """Class probabilities of each draw, ``(draws, examples, classes)``."""
+
+
 @dataclass(frozen=True)
 class OodScore:
     """A score that should be larger on foreign examples.
@@ -40,26 +48,28 @@ class OodScore:
     Attributes:
         name: key in a report, as ``auroc_<name>/<data set>``.
         title: what a table prints.
-        function: ``probs (draws, examples, classes) -> (examples,)``.
+        function: from a prediction to ``(examples,)``.
         needs_disagreement: whether the score is constant, hence empty, unless draws differ.
+        needs_energy: whether the score is made of what the softmax throws away.
     """
 
     name: str
     title: str
-    function: Callable[[Tensor], Tensor]
+    function: Callable[["Scored"], Tensor]
     needs_disagreement: bool = False
+    needs_energy: bool = False
 
-    def undefined_reason(self, *probs: Tensor) -> str | None:
+    def undefined_reason(self, *predictions: "Scored") -> str | None:
         """Say why this score cannot rank the examples of these predictions, or None if it can.
 
         Args:
-            probs: probabilities of each data set to be compared.
-
-        Shape:
-            probs: each ``(draws, examples, classes)``.
+            predictions: those of each data set to be compared.
         """
+        if self.needs_energy and any(getattr(one, "energy", None) is None for one in predictions):
+            return "undefined for a prediction that keeps no logits"
         if not self.needs_disagreement:
             return None
+        probs = [one.probs for one in predictions]
         if any(len(draws) == 1 for draws in probs):
             return "undefined for a single draw"
         if all(bool(((draws - draws[:1]).abs() < SAME_DRAW).all()) for draws in probs):
@@ -151,82 +161,49 @@ def max_probability_uncertainty(probs: Tensor) -> Tensor:
     return 1 - _check_draws(probs).mean(0).amax(-1)
 
 
+def energy_score(prediction: Scored) -> Tensor:
+    """Free energy of the logits, minus their log-sum-exp, averaged over draws, in nats: larger where all logits are small.
+
+    ``energy_score(posterior.predict(task.test))``
+
+    It sees what the softmax throws away. For labels that are words of a vocabulary the logits are those of the label words.
+
+    Args:
+        prediction: a `Predictive` that kept its energies.
+
+    Shape:
+        Returns ``(examples,)``.
+
+    Raises:
+        ValueError: the prediction kept no energies, as a linearised one does not.
+
+    Liu et al. 2020, "Energy-based out-of-distribution detection", equation 4, at temperature 1.
+    """
+    energy: Tensor | None = getattr(prediction, "energy", None)
+    if energy is None:
+        raise ValueError(
+            "prediction: got one without energies, expected one that came through the network. Predict with kind='mc' or "
+            "kind='mean'."
+        )
+    return energy.detach().cpu().double().mean(0)
+
+
 OOD_SCORES: dict[str, OodScore] = {
     score.name: score
     for score in (
-        OodScore("entropy", "entropy", predictive_entropy),
-        OodScore("mutual_information", "mutual information", mutual_information, needs_disagreement=True),
-        OodScore("max_probability", "max probability", max_probability_uncertainty),
+        OodScore("entropy", "entropy", lambda prediction: predictive_entropy(prediction.probs)),
+        OodScore(
+            "mutual_information",
+            "mutual information",
+            lambda prediction: mutual_information(prediction.probs),
+            needs_disagreement=True,
+        ),
+        OodScore(
+            "max_probability", "max probability", lambda prediction: max_probability_uncertainty(prediction.probs)
+        ),
+        OodScore("energy", "energy", energy_score, needs_energy=True),
     )
 }
-
-
-def auroc(in_distribution: Tensor, out_of_distribution: Tensor) -> Tensor:
-    """Area under the ROC curve of telling foreign examples (positive) from familiar ones by a score.
-
-    ``auroc(predictive_entropy(test.probs), predictive_entropy(foreign.probs))``
-
-    Equals the probability that a foreign example scores above a familiar one, ties counting one half. 0.5 is
-    no better than chance.
-
-    Args:
-        in_distribution: scores of familiar examples.
-        out_of_distribution: scores of foreign examples.
-
-    Shape:
-        in_distribution: ``(familiar,)``. out_of_distribution: ``(foreign,)``. Returns a float64 scalar in
-            0..1.
-
-    Raises:
-        ValueError: an empty set, or a score that is not finite.
-    """
-    group, familiar = _rank_groups(in_distribution, out_of_distribution)
-    positive = (torch.arange(len(group)) >= familiar).long()
-    # torchmetrics puts a sigmoid over anything outside [0, 1], which merges large scores: give it ranks
-    return binary_auroc(group.double() / (int(group.max()) + 1), positive).double()
-
-
-def resampled_auroc(
-    in_distribution: Tensor, out_of_distribution: Tensor, in_counts: Tensor, out_counts: Tensor
-) -> Tensor:
-    """`auroc` of many resamples at once, through its form as a rank statistic (Mann and Whitney).
-
-    Args:
-        in_distribution: scores of familiar examples.
-        out_of_distribution: scores of foreign examples.
-        in_counts: how often each familiar example occurs in each resample.
-        out_counts: how often each foreign example occurs in each resample.
-
-    Shape:
-        in_distribution: ``(familiar,)``. out_of_distribution: ``(foreign,)``. in_counts: ``(resamples,
-            familiar)``.
-        out_counts: ``(resamples, foreign)``, both float64. Returns ``(resamples,)``.
-
-    Raises:
-        ValueError: an empty set, or a score that is not finite.
-    """
-    group, familiar = _rank_groups(in_distribution, out_of_distribution)
-    empty = torch.zeros(len(in_counts), int(group.max()) + 1, dtype=torch.float64)
-    negatives = empty.index_add(1, group[:familiar], in_counts)
-    positives = empty.index_add(1, group[familiar:], out_counts)
-    below = negatives.cumsum(1) - negatives / 2
-    return (positives * below).sum(1) / (in_counts.sum(1) * out_counts.sum(1))
-
-
-def _rank_groups(in_distribution: Tensor, out_of_distribution: Tensor) -> tuple[Tensor, int]:
-    for name, scores in (("in_distribution", in_distribution), ("out_of_distribution", out_of_distribution)):
-        if scores.ndim != 1 or len(scores) == 0:
-            raise ValueError(
-                f"{name}: got scores of shape {tuple(scores.shape)}, expected (examples,) with at least one example."
-            )
-        if not scores.isfinite().all():
-            row = int((~scores.isfinite()).nonzero()[0])
-            raise ValueError(
-                f"{name}: the score of row {row} is {float(scores[row])}, expected a finite number. Check "
-                "its probabilities."
-            )
-    pooled = torch.cat([in_distribution.detach().cpu().double(), out_of_distribution.detach().cpu().double()])
-    return torch.unique(pooled, return_inverse=True)[1], len(in_distribution)
 
 
 def _check_draws(probs: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ from pyrolora.inference.evaluation.calibration import CalibrationTable
 from pyrolora.inference.evaluation.cost import Cost
 from pyrolora.inference.evaluation.markdown import Column, render_markdown
 from pyrolora.inference.evaluation.plots import reliability_diagram
+from pyrolora.inference.evaluation.selective import RiskCoverage
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,9 @@ class Report:
         figure.savefig(picture, format="png", dpi=150)
         contents = {
             "reliability.png": picture.getvalue(),
-            "report.json": json.dumps(self.to_dict(), indent=1, allow_nan=False).encode(),
             "report.md": self.to_markdown().encode(),
+            # last, because its presence means that the folder is complete
+            "report.json": json.dumps(self.to_dict(), indent=1, allow_nan=False).encode(),
         }
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
@@ -196,19 +198,21 @@ def _row_to_dict(row: Row) -> dict[str, Any]:
         "examples": row.examples,
         "metrics": {name: interval.to_dict() for name, interval in row.metrics.items()},
         "calibration": {name: table.to_dict() for name, table in row.calibration.items()},
+        "risk_coverage": row.risk_coverage.to_dict(),
         "predict_seconds": row.predict_seconds,
         "ood_examples": dict(row.ood_examples),
+        "shift_examples": dict(row.shift_examples),
         "cost": None if row.cost is None else row.cost.to_dict(),
     }
 
 
 def _row_from_dict(saved: Mapping[str, Any]) -> Row:
-    plain = {
-        name: saved[name] for name in ("method", "seed", "kind", "draws", "examples", "predict_seconds", "ood_examples")
-    }
+    copied = ("method", "seed", "kind", "draws", "examples", "predict_seconds", "ood_examples", "shift_examples")
+    plain = {name: saved[name] for name in copied}
     return Row(
         **plain,
         metrics={name: Interval.from_dict(interval) for name, interval in saved["metrics"].items()},
         calibration={name: CalibrationTable.from_dict(table) for name, table in saved["calibration"].items()},
+        risk_coverage=RiskCoverage.from_dict(saved["risk_coverage"]),
         cost=None if saved["cost"] is None else Cost.from_dict(saved["cost"]),
     )

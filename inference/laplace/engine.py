@@ -22,7 +22,7 @@ from pyrolora.inference.laplace.precision import (
 from pyrolora.inference.laplace.structures import Structure
 from pyrolora.inference.laplace.summation import flat_eigenvalues, new_structures, sum_curvature
 from pyrolora.inference.laplace.validation import best_factor
-from pyrolora.inference.logit_gradients import LogitGradients
+from pyrolora.inference.logit_gradients import LogitGradients, require_linear
 from pyrolora.inference.map import MAP
 from pyrolora.inference.posterior import Posterior
 from pyrolora.models.naming import nearest
@@ -237,7 +237,8 @@ class Laplace:
         return names
 
     def _checked(self, model: BayesianModel, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Refuse, before any work or memory is spent, a dense covariance that is too large."""
+        """Refuse, before any work or memory is spent, sites that are no linear maps and dense covariances too large."""
+        require_linear(model, names)
         for name in names:
             weights = model.sites[name].numel
             if self.structure in ("full", "last_layer") and weights > MOST_WEIGHTS:

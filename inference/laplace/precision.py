@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyro.distributions as dist
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from pyrolora.models.priors import Learned
+from pyrolora.models.priors import Learned, Relative
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.sites import Site
 
@@ -43,6 +44,9 @@ def declared_prior(model: BayesianModel, names: Sequence[str]) -> dict[str, Norm
         base = declaration.base_dist if isinstance(declaration, dist.Independent) else declaration
         if isinstance(base, Learned):
             base = dist.Normal(torch.zeros_like(model.prior.scales[name]), model.prior.scales[name])
+        if isinstance(base, Relative):
+            resolved: Any = model.prior(model.sites[name])
+            base = resolved.base_dist
         if not isinstance(base, dist.Normal):
             raise ValueError(
                 f"Laplace needs a Normal prior with fixed or learned scale; {name!r} has "

@@ -198,13 +198,6 @@ class VBLL(SVI):
         scale = float(head.normal_prior()[1].flatten()[0])
         return {"refit_loss": loss, "prior_scale": scale}
 
-    def to_dict(self) -> dict[str, Any]:
-        """Settings, ready for JSON."""
-        if self.guide is not None:
-            return super().to_dict()
-        settings = {key: value for key, value in vars(self).items() if key not in ("guide", "checkpoint")}
-        return {"engine": type(self).__name__, **settings, "guide": None}
-
 
 def family_for(head: LastLayerHead, num_data: int) -> Family:
     """The smallest family that holds the optimum of a factorised posterior, or a low-rank one where it would not fit."""

@@ -56,16 +56,10 @@ class LastLayerRun(TrainingRun):
         if self.step == 0 and engine.warm_start:
             self._warm_up()
 
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        factor = self.head.factor(self.guide)
-        means = [parameter for name, parameter in factor.named_parameters() if factor.roles[name] != "scale"]
-        rest = [
-            {**group, "params": [one for one in group["params"] if not any(one is mean for mean in means)]}
-            for group in super()._parameter_groups()
-        ]
+    def _rates(self) -> dict[str, float]:
         # weights of the head are as large as its prior allows, which depends on the length of the features
         rate = self.engine.head_learning_rate * float(self.head.normal_prior()[1].mean())
-        return [group for group in rest if group["params"]] + [{"params": means, "lr": rate}]
+        return {**super()._rates(), f"{HEAD}/loc": rate}
 
     def _is_noisy(self, name: str) -> bool:
         # the head is integrated out: it needs no draw for every example
@@ -99,15 +93,17 @@ class LastLayerRun(TrainingRun):
                     if not self._in_head(parameter):
                         parameter.grad = None
                 self._clip(self.head_parameters)
-                self.optimiser.step()
-                self.optimiser.zero_grad(set_to_none=True)
+                # entries of a schedule forget the gradients of the step before
+                self.optimiser.gradients()
+                self.optimiser.step(self._rate_factor(self.step))
+                self.optimiser.zero_grad()
         loss = self._elbo(batch, features)
         if alternating:
             for parameter in self.head_parameters:
                 parameter.grad = None
         return loss
 
-    def _in_head(self, parameter: nn.Parameter) -> bool:
+    def _in_head(self, parameter: Tensor) -> bool:
         return any(parameter is other for other in self.head_parameters)
 
     def _clip(self, parameters: list[nn.Parameter]) -> None:

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from pyrolora.models.backbones import Backbone, Delta
 from pyrolora.models.local import LocalWeight
 from pyrolora.models.naming import nearest
 from pyrolora.models.sites import Site
+
+if TYPE_CHECKING:
+    from pyrolora.models.calibration import Calibration
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,10 @@ class Adapter(ABC):
 
     registered: ClassVar[dict[str, type["Adapter"]]] = {}
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        Adapter.registered[cls.__name__] = cls
+        if not abstract:
+            Adapter.registered[cls.__name__] = cls
 
     @abstractmethod
     def sites(self, backbone: Backbone, classes: int | None) -> tuple[Site, ...]:
@@ -54,13 +58,59 @@ class Adapter(ABC):
             generator: source of the random part.
         """
 
+    def constants(
+        self, backbone: Backbone, sites: Sequence[Site], calibration: "Calibration | None" = None
+    ) -> dict[str, Tensor]:
+        """Tensors that belong to the adapter and are not sampled: where factors start, which channels were chosen.
+
+        Made once for a model, saved with its posteriors, never made again on loading.
+
+        Args:
+            backbone: the frozen network.
+            sites: what `sites` returned.
+            calibration: examples of the model's own task, for adapters that look at data.
+        """
+        return {}
+
+    def relative_scales(
+        self, backbone: Backbone, sites: Sequence[Site], constants: Mapping[str, Tensor], ratio: float
+    ) -> dict[str, Tensor]:
+        """Standard deviations under which a projection's change is ``ratio`` times its weight, root mean square.
+
+        Args:
+            backbone: the frozen network.
+            sites: what `sites` returned.
+            constants: what `constants` returned.
+            ratio: ``sqrt(E |change|^2 / |weight|^2)``, to first order in the change.
+
+        Returns:
+            Site name -> tensor that broadcasts to the site's shape.
+
+        Raises:
+            ValueError: the adapter knows no such scale.
+        """
+        raise ValueError(f"{type(self).__name__} has no scale of its own; give a prior such as Normal(0, 0.1) instead.")
+
+    def to_peft(
+        self, backbone: Backbone, sites: Sequence[Site], draw: Mapping[str, Tensor], constants: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """One draw in PEFT's file format: its configuration and its weights; None where PEFT cannot hold it.
+
+        Args:
+            backbone: the frozen network.
+            sites: what `sites` returned.
+            draw: site name -> value of the site's shape.
+            constants: what `constants` returned.
+        """
+        return None
+
     def deltas(self, sites: Sequence[Site], draw: Mapping[str, Tensor]) -> dict[str, Delta]:
         """For each adapted projection, a function of its input that returns the change of its output.
 
         Args:
             sites: what `sites` returned.
-            draw: site name -> value of the site's shape, or with one leading dimension of ``groups`` draws; the rows
-                of a batch are then ``groups`` equal runs, one for each draw.
+            draw: the model's constants by name, and site name -> value of the site's shape, or with one leading dimension
+                of ``groups`` draws; the rows of a batch are then ``groups`` equal runs, one for each draw.
         """
         return {}
 

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyrolora.models.active_entries import stack_entries
 from pyrolora.models.adapters.base import Adapter, site_linear
 from pyrolora.models.adapters.targets import find_projections
 from pyrolora.models.backbones import Backbone, Delta
@@ -55,6 +57,11 @@ class LoRA(Adapter):
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
 
+    @property
+    def scaling(self) -> float:
+        """What multiplies the product ``B A``."""
+        return self.alpha / self.rank
+
     def sites(self, backbone: Backbone, classes: int | None) -> tuple[Site, ...]:
         """See `Adapter.sites`.
 
@@ -100,12 +107,71 @@ class LoRA(Adapter):
         for site in sites:
             if site.name.endswith("lora_A"):
                 other = site.name.removesuffix("lora_A") + "lora_B"
-                pairs = zip(draw[site.name].unbind(-3), draw[other].unbind(-3), site.modules, strict=True)
-                scale = self.alpha / self.rank
+                downs, ups = stack_entries(draw[site.name], site.name), stack_entries(draw[other], other)
+                pairs = zip(downs, ups, site.modules, strict=True)
                 changes.update(
-                    {path: _LowRankDelta(a, b, scale, site.name, other, i) for i, (a, b, path) in enumerate(pairs)}
+                    {
+                        path: _LowRankDelta(a, b, self.scaling, site.name, other, i)
+                        for i, (a, b, path) in enumerate(pairs)
+                    }
                 )
         return changes
+
+    def relative_scales(
+        self, backbone: Backbone, sites: Sequence[Site], constants: Mapping[str, Tensor], ratio: float
+    ) -> dict[str, Tensor]:
+        """See `Adapter.relative_scales`: equal scales of A and B, since only their product is tied to W.
+
+        ``E |s B A|^2 = s^2 sigma^4 rank in out`` for independent entries of standard deviation sigma.
+        """
+        scales = {}
+        for down, up in factor_pairs(sites):
+            numel = self.rank * down.shape[-1] * up.shape[-2]
+            norm = weight_norms(backbone, down)
+            scales[down.name] = scales[up.name] = (ratio * norm / (self.scaling * math.sqrt(numel))).sqrt()
+        return scales
+
+    def to_peft(
+        self, backbone: Backbone, sites: Sequence[Site], draw: Mapping[str, Tensor], constants: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """See `Adapter.to_peft`."""
+        weights = {
+            key: value for site in sites for key, value in zip(site.keys, draw[site.name].unbind(0), strict=True)
+        }
+        return {**lora_config(sites), "r": self.rank, "lora_alpha": self.alpha}, weights
+
+
+def factor_pairs(sites: Sequence[Site]) -> list[tuple[Site, Site]]:
+    """The sites of A and of B that belong together, in program order."""
+    named = {site.name: site for site in sites}
+    return [
+        (site, named[site.name.removesuffix("lora_A") + "lora_B"]) for site in sites if site.name.endswith("lora_A")
+    ]
+
+
+def weight_norms(backbone: Backbone, site: Site) -> Tensor:
+    """Frobenius norm of the frozen weight of each entry of a site, ``(entries, 1, 1)``."""
+    norms = [torch.linalg.matrix_norm(stored_weight(backbone, path)) for path in site.modules]
+    return torch.stack(norms)[:, None, None]
+
+
+def stored_weight(backbone: Backbone, path: str) -> Tensor:
+    """The frozen weight at a path in the sites' float type."""
+    weight: Any = backbone.network.get_submodule(path).weight
+    return weight.detach().to(backbone.site_dtype)
+
+
+def lora_config(sites: Sequence[Site]) -> dict[str, Any]:
+    """What every adapter in PEFT's LoRA format says beside its ranks."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        # full paths, so that a choice of layers and shapes survives whatever PEFT matches by suffix
+        "target_modules": sorted({module for site in sites for module in site.modules}),
+    }
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pyrolora.models.active_entries import stack_entries
 from pyrolora.models.adapters.base import Adapter, grouped_linear, site_linear
+from pyrolora.models.adapters.lora import weight_norms
 from pyrolora.models.adapters.targets import find_projections
 from pyrolora.models.backbones import Backbone, Delta
 from pyrolora.models.sites import Site
@@ -87,7 +89,7 @@ class PoLAR(Adapter):
                 site = Site(f"{label}.{factor}", torch.Size(shape), dims, modules, keys, layers)
                 if factor != "polar_theta":
                     uniform = UniformStiefel(*shape, dtype=backbone.site_dtype, device=backbone.device)
-                    site = Site(**{**vars(site), "support": stiefel, "prior": uniform})
+                    site = Site(**{**vars(site), "support": stiefel, "prior": uniform, "linear": False})
                 sites.append(site)
         return tuple(sites)
 
@@ -112,12 +114,23 @@ class PoLAR(Adapter):
             if site.name.endswith("polar_theta"):
                 stem = site.name.removesuffix("theta")
                 factors = (draw[f"{stem}X"], draw[site.name], draw[f"{stem}Y"])
-                triples = zip(*(value.unbind(-3) for value in factors), site.modules, strict=True)
+                stacks = (
+                    stack_entries(value, f"{stem}{part}")
+                    for value, part in zip(factors, ("X", "theta", "Y"), strict=True)
+                )
+                triples = zip(*stacks, site.modules, strict=True)
                 scale = self.alpha / self.rank
                 changes.update(
                     {path: _PolarDelta(x, core, y, scale, site.name, i) for i, (x, core, y, path) in enumerate(triples)}
                 )
         return changes
+
+    def relative_scales(
+        self, backbone: Backbone, sites: Sequence[Site], constants: Mapping[str, Tensor], ratio: float
+    ) -> dict[str, Tensor]:
+        """See `Adapter.relative_scales`: ``ratio |W| / alpha`` for Theta, exactly, whose norm X and Y keep."""
+        cores = (site for site in sites if site.prior is None)
+        return {site.name: ratio * weight_norms(backbone, site) / self.alpha for site in cores}
 
     @torch.no_grad()
     def diagnostics(self, sites: Sequence[Site], draw: Mapping[str, Tensor]) -> dict[str, float]:

@@ -20,12 +20,16 @@ from pyrolora.inference.map import MAP
 from pyrolora.inference.nuts import NUTS
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.predictive import Predictive
+from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.svi import SVI
 from pyrolora.inference.vbll import VBLL
-from pyrolora.models.adapters import Adapter, LastLayer, LoRA, PoLAR
+from pyrolora.models.adapters import S2FT, Adapter, CorDA, FullRank, LastLayer, LoRA, PiSSA, PoLAR, QPiSSA
 from pyrolora.models.backbones import Backbone, load_backbone
-from pyrolora.models.priors import Flat, learned, logit_scale
+from pyrolora.models.covariance import Covariance
+from pyrolora.models.moments import SecondMoments, second_moments
+from pyrolora.models.priors import Flat, Relative, learned, logit_scale
 from pyrolora.models.program import BayesianModel
+from pyrolora.models.serving import Served, merged
 from pyrolora.models.sites import Site
 from pyrolora.models.tasks import task
 
@@ -34,6 +38,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MAP",
     "NUTS",
+    "S2FT",
     "SVI",
     "VBLL",
     "Adapter",
@@ -41,10 +46,14 @@ __all__ = [
     "Backbone",
     "BayesianModel",
     "BlockCovariance",
+    "BlockSchedule",
+    "CorDA",
+    "Covariance",
     "Engine",
     "FeatureCache",
     "Flat",
     "FullCovariance",
+    "FullRank",
     "Laplace",
     "LaplacePosterior",
     "LastLayer",
@@ -53,11 +62,16 @@ __all__ = [
     "LowRankPrecision",
     "MatrixNormal",
     "MeanField",
+    "PiSSA",
     "PoLAR",
     "Point",
     "Posterior",
     "Predictive",
+    "QPiSSA",
+    "Relative",
     "Report",
+    "SecondMoments",
+    "Served",
     "Site",
     "StepStats",
     "build_guide",
@@ -66,5 +80,7 @@ __all__ = [
     "learned",
     "load_backbone",
     "logit_scale",
+    "merged",
+    "second_moments",
     "task",
 ]

@@ -1,4 +1,4 @@
-"""The command line: ``pyrolora compare``, ``fit``, ``evaluate``, ``predict`` and ``sites``."""
+"""The command line: ``pyrolora compare``, ``experiment``, ``report``, ``fit``, ``evaluate``, ``predict`` and ``sites``."""
 
 import json
 import logging
@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from pyrolora.inference.evaluation.experiment import ExperimentConfig, compare, read_config
+from pyrolora.inference.evaluation.configuration import ExperimentConfig, read_config
+from pyrolora.inference.evaluation.experiment import UnfinishedCellsError, compare
 from pyrolora.inference.evaluation.harness import evaluate
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.storage import read_config as read_config_of
@@ -40,6 +41,16 @@ DataDir = Annotated[str | None, typer.Option("--data-dir", help="Folder with the
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, or auto.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
+AdapterName = Annotated[
+    str | None,
+    typer.Option("--adapter", help="lora, polar, pissa, corda, s2ft, full_rank, or a declaration: 'PiSSA(rank=16)'."),
+]
+Schedule = Annotated[
+    str | None,
+    typer.Option(
+        "--schedule", help="Train a few blocks at a time: block_schedule, or 'BlockSchedule(active=2, every=20)'."
+    ),
+]
 TrainSize = Annotated[int | None, typer.Option("--train-size", help="Training examples; all by default.")]
 
 
@@ -48,7 +59,15 @@ def _plain_errors() -> Iterator[None]:
     """One sentence for a user's mistake, and the shell's exit code for an interruption."""
     try:
         yield
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, FloatingPointError, KeyError) as error:
+    except (
+        ValueError,
+        TypeError,
+        FileNotFoundError,
+        FileExistsError,
+        FloatingPointError,
+        KeyError,
+        UnfinishedCellsError,
+    ) as error:
         message = error.args[0] if isinstance(error, KeyError) else error
         typer.secho(f"Error: {message}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from error
@@ -87,6 +106,8 @@ def compare_command(
     data_dir: DataDir = None,
     ood: Annotated[str | None, typer.Option("--ood", help="Foreign tasks, separated by commas.")] = None,
     methods: Annotated[str | None, typer.Option("--methods", help="Methods, separated by commas.")] = None,
+    adapter: AdapterName = None,
+    schedule: Schedule = None,
     train_size: TrainSize = None,
     seeds: Annotated[int | None, typer.Option("--seeds", help="Number of seeds.")] = None,
     draws: Annotated[int | None, typer.Option("--draws", help="Weight draws of a prediction.")] = None,
@@ -96,12 +117,40 @@ def compare_command(
 ) -> None:
     """Fit several methods, judge them on the same test items, and write a report. A rerun goes on where it stopped."""
     settings = _resolved(
-        config, changes, model=model, task=task, data_dir=data_dir, ood=ood, methods=methods, train_size=train_size,
-        seeds=seeds, draws=draws, dtype=dtype, device=device,
+        config, changes, model=model, task=task, data_dir=data_dir, ood=ood, methods=methods, adapter=adapter,
+        schedule=schedule, train_size=train_size, seeds=seeds, draws=draws, dtype=dtype, device=device,
     )  # fmt: skip
     report = compare(settings, out, progress=not quiet)
     typer.echo(report.to_markdown())
     typer.echo(f"\nWritten to {out}: report.md, report.json, reliability.png, config.yaml, one folder a method.")
+
+
+@_command
+def experiment_command(
+    file: Annotated[Path, typer.Argument(help="YAML file with tasks, adapters, methods, seeds and settings.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the experiments, one below it a task and adapter.")],
+    changes: Changes = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run a grid of experiments, cell by cell. Run it again after a stop, or several times at once on one folder."""
+    from pyrolora.inference.evaluation.grid import Grid, run_grid
+    from pyrolora.inference.evaluation.render import render_folder
+
+    run_grid(Grid.from_dict(read_config(file, changes or ())), out, progress=not quiet)
+    written = render_folder(out)
+    typer.echo(f"Finished. The page is {written['html']}.")
+
+
+@_command
+def report_command(
+    folder: Annotated[Path, typer.Argument(help="Folder that experiment or compare wrote.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the pages; the same by default.")] = None,
+) -> None:
+    """Write page.md, page.tex and page.html of what is finished in a folder. Nothing is computed again."""
+    from pyrolora.inference.evaluation.render import render_folder
+
+    for path in render_folder(folder, out).values():
+        typer.echo(str(path))
 
 
 @_command
@@ -113,6 +162,8 @@ def fit_command(
     model: Model = None,
     task: TaskName = None,
     data_dir: DataDir = None,
+    adapter: AdapterName = None,
+    schedule: Schedule = None,
     train_size: TrainSize = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the training subset, start, order and draws.")] = 0,
     dtype: Dtype = None,
@@ -123,8 +174,8 @@ def fit_command(
     from pyrolora.inference.evaluation.experiment import fit_one
 
     settings = _resolved(
-        config, changes, model=model, task=task, data_dir=data_dir, methods=method, train_size=train_size, dtype=dtype,
-        device=device,
+        config, changes, model=model, task=task, data_dir=data_dir, methods=method, adapter=adapter, schedule=schedule,
+        train_size=train_size, dtype=dtype, device=device,
     )  # fmt: skip
     fit_one(settings, method, seed, out, progress=not quiet)
     typer.echo(f"Posterior written to {out}.")

@@ -8,6 +8,7 @@ there looks at two of them.
 """
 
 import copy
+import dataclasses
 import math
 
 import pyro.distributions as dist
@@ -19,9 +20,10 @@ from pyrolora.inference.laplace import Laplace
 from pyrolora.inference.map import MAP
 from pyrolora.inference.nuts import NUTS
 from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.svi import SVI
 from pyrolora.inference.vbll import VBLL
-from pyrolora.models.adapters import LastLayer, LoRA, PoLAR
+from pyrolora.models.adapters import S2FT, CorDA, FullRank, LastLayer, LoRA, PiSSA, PoLAR
 from pyrolora.models.priors import Flat, learned
 
 STEPS = 2
@@ -30,6 +32,13 @@ ADAPTERS = {
     "LoRA+LastLayer": (LoRA(rank=2), LastLayer()),
     "LastLayer": (LastLayer(),),
     "PoLAR+LastLayer": (PoLAR(rank=2), LastLayer()),
+    "PiSSA": (PiSSA(rank=2, iterations=4),),
+    "PiSSA fixed_B": (PiSSA(rank=2, form="fixed_B"),),
+    "PiSSA subspace": (PiSSA(rank=2, form="subspace"),),
+    "CorDA": (CorDA(rank=2),),
+    "S2FT": (S2FT(heads=1, channels=4, targets=("o_proj", "down_proj", "v_proj"), select="activation"),),
+    "FullRank": (FullRank(targets=("q_proj",)),),
+    "FullRank+embeddings": (FullRank(targets=("v_proj",), layers=(1, 2), embeddings=True),),
 }
 ENGINES = {
     "MAP": lambda noise: MAP(steps=STEPS, noise=noise),
@@ -56,12 +65,24 @@ REFUSED = {
     # of the head it knows each class by itself, which has no matrix for a token to meet
     **{("SVI LowRank", noise): NO_TOKEN_NOISE for noise in ("token", "flipout")},
     ("SVI KroneckerNormal", "flipout"): NO_TOKEN_NOISE,
-    ("Laplace last_layer", "LoRA"): r"Add LastLayer\(\) to the model's adapters",
-    ("VBLL", "LoRA"): r"Add LastLayer\(\) to the model's adapters",
-    ("VBLL joint", "LoRA"): r"Add LastLayer\(\) to the model's adapters",
-    ("NUTS", "LoRA"): r"Add LastLayer\(\) to the model's adapters",
+    **{
+        (engine, name): r"Add LastLayer\(\) to the model's adapters"
+        for engine in ("Laplace last_layer", "VBLL", "VBLL joint", "NUTS")
+        for name in ADAPTERS
+        if "Last" not in name
+    },
+    **{
+        (
+            f"Laplace {structure}",
+            "FullRank+embeddings",
+        ): r"'embed_tokens.weight' is not a stack of weights of linear maps"
+        for structure in ("diag", "kron", "kron_lowrank")
+    },
     ("SVI BLoB", "PoLAR+LastLayer"): r"BLoB makes sites that match",
-    ("SVI BLoB", "LastLayer"): r"name the sites, as in BLoB\(sites='head.weight'\)",
+    **{
+        ("SVI BLoB", name): r"name the sites, as in BLoB\(sites='head.weight'\)"
+        for name in ("LastLayer", "S2FT", "FullRank", "FullRank+embeddings")
+    },
 }
 
 PAIRS = [(engine, adapter, "example", torch.float32, False) for engine in ENGINES for adapter in ADAPTERS]
@@ -156,6 +177,34 @@ def test_it_works_or_says_why_not(make, tmp_path, engine, adapter, noise, dtype,
             fit()
         return
     check_contract(model, fit(), tmp_path / "posterior")
+
+
+# engines that optimise step by step take a schedule; posteriors that tie layers together refuse it
+SCHEDULED = [name for name in ENGINES if name.startswith(("MAP", "SVI"))]
+
+
+@pytest.mark.parametrize("engine", SCHEDULED)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("state", ["drop", "offload"])
+def test_every_schedule_works_or_says_why_not(make, tmp_path, engine, adapter, state):
+    model = make(adapter, torch.float32, False)
+    schedule = BlockSchedule(active=1, every=1, state=state)
+
+    def fit():
+        made = dataclasses.replace(ENGINES[engine]("example"), schedule=schedule)
+        return made.fit(model, model.task.train, progress=False)
+
+    if reason := REFUSED.get((engine, adapter)):
+        with pytest.raises(ValueError, match=reason):
+            fit()
+    elif adapter == "LastLayer":
+        with pytest.raises(ValueError, match="1 blocks are to be active, and the model has 0"):
+            fit()
+    elif engine == "SVI FullCovariance":
+        with pytest.raises(ValueError, match="posteriors that are independent from layer to layer"):
+            fit()
+    else:
+        check_contract(model, fit(), tmp_path / "posterior")
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -105,6 +105,29 @@ class TestCompare:
         # 2e-3 without a dot is text in YAML 1.1, and a number to everybody else
         assert (written["settings"]["map"]["steps"], written["settings"]["map"]["learning_rate"]) == (3, 0.002)
 
+    @pytest.mark.parametrize(
+        ("adapter", "methods", "options"),
+        [
+            ("pissa", "map,blob,low_rank,laplace_kron", []),
+            ("corda", "blob", []),
+            ("S2FT(channels=4)", "map,blob", ["--set", "blob.guide=BLoB(sites='*.columns')"]),
+            ("full_rank", "map", []),
+        ],
+    )
+    def test_adapters_by_name_under_a_schedule(self, where, tmp_path, adapter, methods, options):
+        result = run(
+            "compare", *where, "--train-size", 24, "--dtype", "float32", "--quiet", "--methods", methods,
+            "--adapter", adapter, "--schedule", "BlockSchedule(active=1, every=2)", *options, "--draws", 2, "--set",
+            "test_size=20", "--out", tmp_path / "run", *quick(*[m for m in methods.split(",") if m[:7] != "laplace"]),
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+        assert (written["adapter"], written["schedule"]) == (adapter, "BlockSchedule(active=1, every=2)")
+        method = methods.split(",")[0]
+        made = json.loads((tmp_path / "run" / method / "seed-0" / "posterior_config.json").read_text())
+        assert made["record"]["schedule"]["active"] == 1
+        assert sum(made["record"]["steps_of_blocks"].values()) == 4
+
     def test_ctrl_c_gives_130_and_the_same_command_goes_on(self, small, tmp_path, monkeypatch):
         command = ["compare", *small, "--methods", "map", "--set", "test_size=20", *quick("map"), "--out"]
         assert run(*command, tmp_path / "whole").exit_code == 0
@@ -177,7 +200,10 @@ class TestRefusals:
             (["--task", "uci_sentimant"], ["uci_sentimant", "Did you mean 'uci_sentiment'"]),
             (["--model", "smollm2-135n"], ["Unknown model 'smollm2-135n'", "Did you mean 'smollm2-135m'"]),
             (["--set", "adapter=LoRA(targets=['q_prj'])"], ["'q_prj'", "Did you mean 'q_proj'"]),
-            (["--set", "adapter=LoRa()"], ["Did you mean 'LoRA'"]),
+            (["--set", "adapter=LoRAs()"], ["Did you mean 'LoRA'"]),
+            (["--adapter", "pisa"], ["Unknown adapter 'pisa'. Did you mean 'PiSSA'"]),
+            (["--schedule", "BlockSchedule(active=0)"], ["active must be at least 1; got 0"]),
+            (["--schedule", "lisa"], ["Unknown schedule 'lisa'. Did you mean 'BlockSchedule'"]),
             (["--set", "adapter=LoRA(rank=0)"], ["at least 1; got 0"]),
             (["--set", "adapter=LoRA(rank=40)"], ["Rank 40 exceeds", "Choose a rank of at most"]),
             (["--set", "map.prior={'*.lora_Q': Flat()}"], ["'*.lora_Q'", "lora_"]),

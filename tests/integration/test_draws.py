@@ -37,7 +37,7 @@ def test_checkpointing_changes_no_gradient_of_a_whole_step(three_topics_model, g
         stats = list(run.steps())
         # a forward without gradients belongs to the trunk, not to the step
         assert sum(seen) == 2 * particles * (2 if switch else 1)
-        found.append((stats, [parameter.grad for parameter in run.parameters]))
+        found.append((stats, [parameter.grad for parameter in run.optimiser.parameters]))
     (plain, expected), (saved, gradients) = found
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
     torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-7)

@@ -225,7 +225,7 @@ def test_last_layer_laplace_needs_no_estimate(config, tmp_path, monkeypatch):
     ("changes", "message"),
     [
         ({"settings": {"blob": {"stepz": 3}}}, r"no setting 'stepz'. Did you mean 'steps'"),
-        ({"settings": {"blob": {"guide": "BLob()"}}}, "Did you mean 'BLoB'"),
+        ({"settings": {"blob": {"guide": "BLobb()"}}}, "Did you mean 'BLoB'"),
         ({"settings": {"blob": {"steps": "many"}}}, "'steps' of SVI is a number; got 'many'"),
         ({"settings": {"map": {"guide": "BLoB()"}}, "methods": ("laplace",)}, "points"),
         ({"settings": {"laplace": {"guide": "BLoB()"}}}, "takes no guide"),

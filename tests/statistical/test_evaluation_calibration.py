@@ -3,7 +3,7 @@
 import torch
 
 from pyrolora.inference.evaluation import (
-    bootstrap_auroc,
+    bootstrap_detection,
     bootstrap_metrics,
     classification_metrics,
     ece_equal_mass,
@@ -61,7 +61,7 @@ def test_bootstrap_interval_covers_the_auroc_of_two_normals():
     covered = 0
     for trial in range(200):
         familiar, foreign = torch.randn(120, generator=generator), torch.randn(80, generator=generator) + 1
-        interval = bootstrap_auroc(familiar, foreign, resamples=300, seed=trial)
+        interval = bootstrap_detection(familiar, foreign, resamples=300, seed=trial)["auroc"]
         covered += interval.low <= truth <= interval.high
     assert 0.87 < covered / 200 < 0.995
 

@@ -9,14 +9,14 @@ import torch
 from pyrolora.inference.evaluation import (
     Interval,
     auroc,
-    bootstrap_auroc,
+    bootstrap_detection,
     bootstrap_metrics,
     classification_metrics,
     paired_difference,
 )
 from pyrolora.inference.evaluation import bootstrap as bootstrap_module
 from pyrolora.inference.evaluation.bootstrap import resample_counts
-from pyrolora.inference.evaluation.ood import resampled_auroc
+from pyrolora.inference.evaluation.detection import resampled_auroc
 
 
 def predictions(examples=120, classes=4, seed=0, ties=False):
@@ -104,7 +104,7 @@ def test_a_report_row_is_fast():
     start = time.perf_counter()
     bootstrap_metrics(classification_metrics().values(), probs, labels, resamples=1000)
     for _ in range(3):
-        bootstrap_auroc(*scores, resamples=1000)
+        bootstrap_detection(*scores, resamples=1000)
     assert time.perf_counter() - start < 10  # about half a second; a loop of calls takes a minute
 
 

@@ -4,15 +4,17 @@ import math
 
 import pytest
 import torch
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+from torchmetrics.classification import BinaryCalibrationError, MulticlassAccuracy, MulticlassCalibrationError
 
 from pyrolora.inference.evaluation import (
     accuracy,
     brier_score,
     calibration_curve,
     classification_metrics,
+    classwise_ece,
     ece_equal_mass,
     ece_equal_width,
+    maximum_calibration_error,
     negative_log_likelihood,
 )
 from pyrolora.inference.evaluation.calibration import CalibrationTable
@@ -45,6 +47,46 @@ def brute_force_equal_mass(probs, labels, n_bins):
         place = sum(other < confidence for other in confidences)
         gaps[place * n_bins // len(confidences)] += right - confidence
     return sum(map(abs, gaps)) / len(confidences)
+
+
+def brute_force_classwise(probs, labels, n_bins, strategy):
+    """Class by class, example by example; equal probabilities follow the first of their group into a bin of equal mass."""
+    errors = []
+    for k in range(probs.shape[1]):
+        column = probs[:, k]
+        edges = torch.linspace(0, 1, n_bins + 1)
+        gaps = [0.0] * (n_bins + 1)
+        for value, label in zip(column, labels.tolist(), strict=True):
+            if strategy == "width":
+                place = sum(bool(value >= edge) for edge in edges) - 1
+            else:
+                place = int((column < value).sum()) * n_bins // len(column)
+            gaps[place] += float(label == k) - float(value)
+        errors.append(sum(map(abs, gaps)) / len(column))
+    return sum(errors) / len(errors)
+
+
+@pytest.mark.parametrize("strategy", ["width", "mass"])
+@pytest.mark.parametrize("case", CASES)
+def test_classwise_error_equals_loops_from_the_definition(case, strategy):
+    probs, labels = predictions(case)
+    for n_bins in (1, 15):
+        expected = brute_force_classwise(probs, labels, n_bins, strategy)
+        assert float(classwise_ece(probs, labels, n_bins, strategy)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_two_classes_have_the_classwise_error_of_either():
+    probs, labels = predictions("binary")
+    one = BinaryCalibrationError(n_bins=1, norm="l1")(probs[:, 1], labels)
+    assert float(classwise_ece(probs, labels, 1)) == pytest.approx(float(one), abs=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_maximum_calibration_error_equals_torchmetrics(case):
+    probs, labels = predictions(case)
+    for n_bins in (1, 10, 15):
+        oracle = MulticlassCalibrationError(probs.shape[1], n_bins=n_bins, norm="max")(probs, labels)
+        assert float(maximum_calibration_error(probs, labels, n_bins)) == pytest.approx(float(oracle), abs=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -95,7 +137,8 @@ def test_uniform_prediction_closed_forms(classes):
 def test_perfect_and_worst_prediction():
     probs = torch.eye(3)
     right, wrong = torch.arange(3), (torch.arange(3) + 1) % 3
-    assert [float(m.function(probs, right)) for m in classification_metrics().values()] == [1, 0, 0, 0, 0]
+    perfect = {name: float(metric.function(probs, right)) for name, metric in classification_metrics().items()}
+    assert perfect == {name: float(name in ("accuracy", "coverage_at_5")) for name in perfect}
     assert float(brier_score(probs, wrong)) == 2
     assert float(ece_equal_width(probs, wrong)) == 1
     assert float(negative_log_likelihood(probs, wrong)) == pytest.approx(87.34, abs=0.01)
@@ -126,10 +169,12 @@ def test_calibration_table_is_consistent(case, strategy):
 
 def test_registry_names_the_bins():
     metrics = classification_metrics(n_bins=10)
-    assert list(metrics) == ["accuracy", "nll", "brier", "ece", "ece_mass"]
+    assert list(metrics) == [
+        "accuracy", "nll", "brier", "ece", "ece_mass", "ece_classwise", "ece_adaptive", "mce", "aurc", "coverage_at_5",
+    ]  # fmt: skip
     assert "10 bins" in metrics["ece"].title
     assert "10 bins" in metrics["ece_mass"].title
-    assert [name for name, metric in metrics.items() if metric.higher_is_better] == ["accuracy"]
+    assert [name for name, metric in metrics.items() if metric.higher_is_better] == ["accuracy", "coverage_at_5"]
     with pytest.raises(ValueError, match="Did you mean 'accuracy'"):
         find_metric("acuracy")
 

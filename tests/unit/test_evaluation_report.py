@@ -189,7 +189,7 @@ def test_load_explains_a_missing_truncated_or_foreign_file(report, tmp_path):
         (whole[: len(whole) // 2], "not a complete JSON file"),
         ("[]", "expected the object"),
         (json.dumps(json.loads(whole) | {"format": 99}), "format 99"),
-        (json.dumps({"format": 1, "rows": []}), "incomplete"),
+        (json.dumps({"format": 2, "rows": []}), "incomplete"),
     ):
         path.write_text(content, encoding="utf-8")
         with pytest.raises(ValueError, match=message):

@@ -10,7 +10,7 @@ import xarray
 
 from pyrolora.guides import BLoB, MeanField, Point, build_guide
 from pyrolora.inference import arviz as export
-from pyrolora.inference.arviz import to_inference_data
+from pyrolora.inference.arviz import combine_chains, to_inference_data
 from pyrolora.inference.laplace import Laplace
 from pyrolora.inference.map import MAP
 from pyrolora.inference.posterior import Posterior
@@ -59,7 +59,11 @@ def test_groups_dims_and_coords(blob):
     assert tree["observed_data"]["label"].values.tolist() == [0, 1, 2] * 3
     assert tree["variational_stats"]["loss"].dims == ("step",)
     assert tree["variational_stats"]["step"].values.tolist() == [1, 2, 3]
-    assert set(tree["variational_stats"].data_vars) == {"loss", "nll", "kl", "grad_norm"}
+    curves = tree["variational_stats"]
+    assert set(curves.data_vars) == {"loss", "nll", "kl", "grad_norm", "elbo"}
+    # 12 training rows; the loss weighs the KL by 0.5, the ELBO does not
+    np.testing.assert_allclose(curves["loss"], curves["nll"] + 0.5 * curves["kl"], rtol=1e-5)
+    np.testing.assert_allclose(curves["elbo"], -12 * (curves["nll"] + curves["kl"]), rtol=1e-6)
 
 
 def test_without_data_there_are_no_predictions(blob):
@@ -114,6 +118,72 @@ def test_log_likelihood_belongs_to_the_draws_of_the_posterior_group(request, whi
     wanted = log_probs.gather(-1, batch["labels"].expand(4, -1)[..., None])[..., 0]
     assert wanted.std(0).max() > 1e-3, "equal draws could not tell the right ones from others"
     np.testing.assert_allclose(tree["log_likelihood"]["label"].values[0], wanted.numpy(), rtol=0, atol=1e-4)
+
+
+def test_lp_is_the_log_joint_density_of_pyro(three_topics_model):
+    model = three_topics_model(torch.float64, LORA, NORMAL)
+    posterior = Posterior(model, build_guide(MeanField(0.1), model), {})
+    tree = posterior.to_arviz(draws=3, sites="q_proj.lora_A", train=model.task.train)
+    batch = model.encode(model.task.train).batch(list(range(12)))
+    drawn = posterior.sample(3, generator=torch.Generator().manual_seed(0))
+    for i in range(3):
+        conditioned = pyro.condition(model, {name: value[i] for name, value in drawn.items()})
+        with torch.no_grad():
+            expected = pyro.poutine.trace(conditioned).get_trace(batch).log_prob_sum()
+        # the guide's scale passes through float32
+        np.testing.assert_allclose(tree["sample_stats"]["lp"].values[0, i], float(expected), rtol=1e-6)
+    assert "lp" not in posterior.to_arviz(draws=2)["sample_stats"]
+
+
+def test_summaries_are_those_of_the_dense_change(three_topics_model):
+    model = three_topics_model(torch.float64, LORA, NORMAL)
+    posterior = Posterior(model, build_guide(MeanField(0.3), model), {})
+    tree = posterior.to_arviz(draws=3, sites=[], summaries=True)["posterior"]
+    assert set(tree.data_vars) == {"change_norm", "effective_rank", "stable_rank"}
+    assert tree["change_norm"].dims == ("chain", "draw", "layer", "projection")
+    assert tree["projection"].values.tolist() == ["q_proj", "v_proj"]
+    assert tree["layer"].values.tolist() == [1, 2]
+    drawn = posterior.sample(3, generator=torch.Generator().manual_seed(0))
+    dense = 2.0 * drawn["v_proj.lora_B"] @ drawn["v_proj.lora_A"]
+    values = torch.linalg.svdvals(dense)
+    found = tree.sel(projection="v_proj")
+    np.testing.assert_allclose(found["change_norm"][0], torch.linalg.matrix_norm(dense), rtol=1e-9)
+    np.testing.assert_allclose(found["stable_rank"][0], values.square().sum(-1) / values[..., 0] ** 2, rtol=1e-9)
+    share = values[..., :2] / values[..., :2].sum(-1, keepdim=True)
+    np.testing.assert_allclose(found["effective_rank"][0], (-(share * share.log()).sum(-1)).exp(), rtol=1e-9)
+
+
+def test_classes_are_named_and_layers_may_differ(three_topics_model):
+    adapters = [
+        LoRA(rank=2, targets=["q_proj"], layers=(0,)),
+        LoRA(rank=1, targets=["v_proj"], layers=(2,)),
+        LastLayer(),
+    ]
+    model = three_topics_model(torch.float64, adapters, NORMAL)
+    posterior = Posterior(model, build_guide(MeanField(0.3), model), {})
+    tree = posterior.to_arviz(draws=2, sites="head.weight", summaries=True)["posterior"]
+    assert tree["class"].values.tolist() == ["sport", "business", "politics"]
+    norm = tree["change_norm"].isel(chain=0, draw=0)
+    assert np.isfinite(norm.sel(layer=0, projection="q_proj"))
+    assert np.isnan(norm.sel(layer=2, projection="q_proj")), "there is no such change"
+    assert np.isfinite(norm.sel(layer=2, projection="v_proj"))
+
+
+def test_seeds_become_chains_and_rhat_tells_fits_that_differ(three_topics_model):
+    model = three_topics_model(torch.float64, [LORA, LastLayer()], NORMAL)
+    trees = []
+    for seed in range(3):
+        posterior = Posterior(model, build_guide(MeanField(0.3), model), {"seed": seed})
+        trees.append(posterior.to_arviz(draws=200, sites="head.weight", seed=seed))
+    same = combine_chains(trees)
+    assert same["posterior"].sizes["chain"] == 3
+    assert same.attrs["fit_seed"] == [0, 1, 2]
+    # 96 parameters of equal fits; R-hat of 3 x 200 independent draws exceeds 1.05 about once in 1e6
+    assert float(arviz.rhat(to_inference_data(same))["head.weight"].max()) < 1.05
+    with torch.no_grad():
+        dict(posterior.guide.items())["head.weight"].loc += 1.0
+    moved = combine_chains([*trees[:2], posterior.to_arviz(draws=200, sites="head.weight", seed=2)])
+    assert float(arviz.rhat(to_inference_data(moved))["head.weight"].min()) > 1.3
 
 
 def test_prior_draws_are_those_of_the_declared_prior(three_topics_model):
@@ -186,7 +256,32 @@ def test_attributes_say_where_it_comes_from(blob):
     assert "q_proj.lora_A: BLoB" in attrs["guide"]
 
 
+def test_the_layout_is_the_one_arviz_1_writes(head, tmp_path):
+    """ArviZ 1 reads groups by name, draws by the dims that ``sample_dims`` names in the group, data without them."""
+    head.to_arviz(draws=3, data=head.model.task.test, train=head.model.task.train).to_netcdf(tmp_path / "p.nc")
+    with xarray.open_datatree(tmp_path / "p.nc") as tree:
+        for name in ("posterior", "prior", "posterior_predictive", "log_likelihood", "sample_stats"):
+            group = tree[name].to_dataset()
+            assert list(group.attrs["sample_dims"]) == ["chain", "draw"]
+            for variable in group.data_vars.values():
+                assert variable.dims[:2] == ("chain", "draw"), (name, variable.name)
+            assert {"chain", "draw"} <= set(group.coords)
+        assert tree["observed_data"]["label"].dims == ("example",)
+        assert tree["posterior"].children == {}
+        assert {"lp", "log_q", "log_prior"} == set(tree["sample_stats"].data_vars)
+
+
 class TestRefusals:
+    def test_nothing_to_put_in(self, blob):
+        with pytest.raises(ValueError, match="or summaries=True"):
+            blob.to_arviz(sites=[])
+
+    def test_chains_must_fit_together(self, blob):
+        with pytest.raises(ValueError, match="at least two fits"):
+            combine_chains([blob.to_arviz(draws=2)])
+        with pytest.raises(ValueError, match="'posterior' do not fit together"):
+            combine_chains([blob.to_arviz(draws=2), blob.to_arviz(draws=3)])
+
     def test_an_unknown_site_offers_the_nearest(self, blob):
         with pytest.raises(ValueError, match=r"No site matches \['q_proj.loraA'\]. Did you mean 'q_proj.lora_A'"):
             blob.to_arviz(sites="q_proj.loraA")

@@ -56,8 +56,8 @@ def interrupt_step(monkeypatch, number, where):
             with torch.no_grad():
                 update = run.optimiser.step
 
-            def half():
-                update()
+            def half(factor):
+                update(factor)
                 raise KeyboardInterrupt
 
             run.optimiser.step = half

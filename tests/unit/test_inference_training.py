@@ -119,7 +119,7 @@ class TestHistory:
         run = TrainingRun(
             SVI(steps=20, warmup=0.2, learning_rate=1e-3, scale_learning_rate=2e-2), model, model.task.train
         )
-        rates = [[group["lr"] for group in run.optimiser.param_groups] for _ in run.steps()]
+        rates = [[group["lr"] for group in run.optimiser.adam.param_groups] for _ in run.steps()]
         loc, scale, point = map(list, zip(*rates, strict=True))
         assert loc[3] == max(loc) == pytest.approx(1e-3)
         assert loc[0] == pytest.approx(1e-3 / 4)
@@ -134,7 +134,7 @@ class TestHistory:
         )
         norms = [next(run.steps()).grad_norm for run in (free, clipped)]
         assert norms[0] == norms[1] > 1e-3
-        left = torch.cat([parameter.grad.flatten() for parameter in clipped.parameters]).norm()
+        left = torch.cat([parameter.grad.flatten() for parameter in clipped.optimiser.parameters]).norm()
         assert float(left) == pytest.approx(1e-3, rel=1e-3)
 
 

@@ -27,6 +27,13 @@ PROJECT = CONFIG["project"]
 MAX_LINES = 500
 
 
+# files that are no modules: path in a wheel -> path in the repository
+DATA_FILES = {
+    "pyrolora/py.typed": "src/pyrolora/py.typed",
+    "pyrolora/inference/evaluation/report.html.jinja": "inference/evaluation/report.html.jinja",
+}
+
+
 def source_files():
     """Map every module's path in a wheel to its file in the repository."""
     files = {f"pyrolora/{path.name}": path for path in (REPO / "src/pyrolora").glob("*.py")}
@@ -131,7 +138,7 @@ def wheel_files(wheel):
 
 def test_wheel_holds_every_module_and_nothing_else(built):
     _, _, direct = built
-    assert wheel_files(direct) == sorted([*source_files(), "pyrolora/py.typed"])
+    assert wheel_files(direct) == sorted([*source_files(), *DATA_FILES])
 
 
 def test_wheel_from_sdist_is_the_same(built):
@@ -146,7 +153,7 @@ def test_sdist_holds_every_module_once(built):
     prefix = f"pyrolora-{PROJECT['version']}/"
     names = {member.name.removeprefix(prefix) for member in members}
     expected = {str(path.relative_to(REPO)) for path in source_files().values()}
-    expected |= {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "src/pyrolora/py.typed"}
+    expected |= {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", *DATA_FILES.values()}
     # enough to run the tests and the demo from it
     expected |= {"Makefile", "constraints.txt", "assets.txt", "oracles.txt", "tests/conftest.py"}
     assert expected - names == set()

@@ -15,12 +15,15 @@ from pyrolora.inference.last_layer import HeadData, LastLayerHead
 from pyrolora.inference.links import LOGIT_DRAWS
 from pyrolora.inference.map import MAP
 from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.svi import SVI
 from pyrolora.inference.vbll import VBLL
 from pyrolora.inference.vbll.likelihood import CollapsedProgram
 from pyrolora.inference.vbll.objectives import Objective
-from pyrolora.models.adapters import LastLayer, LoRA, PoLAR
+from pyrolora.models.adapters import FullRank, LastLayer, LoRA, PoLAR
+from pyrolora.models.backbones import Backbone
 from pyrolora.models.priors import logit_scale
+from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import Split
 
 PRIOR = {"*.*_*": dist.Normal(0.0, 1.0), "head.weight": logit_scale(2.0)}
@@ -120,6 +123,24 @@ class TestTraining:
                 grads.append(dict(guide.items())["head.weight"].loc.grad.clone())
             spreads.append(float(torch.stack(grads).var(0).sum()))
         assert spreads[0] < 0.5 * spreads[1]
+
+    @pytest.mark.parametrize("mode", ["alternating", "joint"])
+    def test_it_trains_block_by_block_with_the_head_always(self, make, mode):
+        model = make()
+        schedule = BlockSchedule(active=1, every=2)
+        run = VBLL(steps=6, learning_rate=1e-2, mode=mode, schedule=schedule).iterate(model, model.task.train)
+        for step in range(6):
+            before = {name: value.clone() for name, value in run.guide.mean().items()}
+            next(run.steps())
+            active = run.optimiser.plan.entries(step // 2)
+            for name, value in run.guide.mean().items():
+                if name == "head.weight":
+                    assert not torch.equal(value, before[name])
+                    continue
+                for entry in set(range(3)) - active[name]:
+                    assert torch.equal(value[entry], before[name][entry])
+                for entry in active[name] if name.endswith("theta") else ():
+                    assert not torch.equal(value[entry], before[name][entry])
 
     def test_an_interrupted_fit_ends_where_an_uninterrupted_one_does(self, make, tmp_path):
         model = make(PoLAR(rank=2, layers=(1,)))
@@ -285,6 +306,25 @@ class TestPrediction:
             fast = posterior.predict(batch, kind="mc", draws=5, generator=torch.Generator().manual_seed(1)).probs
             assert (slow - fast).abs().max() < 1e-5
 
+    @pytest.mark.parametrize("kind", ["mc", "mean", "linearised", "linearised_mf1"])
+    def test_a_logit_temperature_tempers_every_kind(self, posterior, kind):
+        warm = type(posterior)(posterior.model, posterior.guide, {**posterior.record, "logit_temperature": 2.0})
+        arguments = {"draws": 3, "kind": kind}
+        plain, tempered = (
+            one.predict(one.model.task.test, generator=torch.Generator().manual_seed(0), **arguments).probs
+            for one in (posterior, warm)
+        )
+        root = plain.double().sqrt()
+        torch.testing.assert_close(tempered.double(), root / root.sum(-1, keepdim=True), atol=1e-6, rtol=0)
+
+    def test_energies_are_those_of_draws_through_the_network(self, posterior):
+        model = posterior.model
+        batch = next(iter(model.encode(model.task.test).batches(12)))
+        draws = posterior.sample(3, generator=torch.Generator().manual_seed(0))
+        direct = -model.logits(batch, draws).logsumexp(-1).detach()
+        seen = posterior.predict(batch, kind="mc", draws=3, generator=torch.Generator().manual_seed(0)).energy
+        torch.testing.assert_close(seen, direct, atol=1e-4, rtol=0)
+
     def test_uncertainty_splits(self, posterior):
         split = decompose(posterior.predict(posterior.model.task.test).probs)
         assert (split.total - split.aleatoric - split.epistemic).abs().max() < 1e-6
@@ -362,6 +402,24 @@ class TestRefusals:
         model = make(LoRA(rank=2))
         with pytest.raises(ValueError, match=r"The estimate has no value for the site 'q_proj\.lora_A'"):
             VBLL().fit(model, model.task.train, estimate=estimate, progress=False)
+
+    def test_another_adapter_of_the_label_rows(self, three_topics, tiny_llama, tiny_tokenizer):
+        """Embeddings that are the output embedding too: features and head.weight do not make the logits alone."""
+        backbone = Backbone(tiny_llama(tie_word_embeddings=True), tiny_tokenizer, "tied")
+        model = BayesianModel(backbone, three_topics, [FullRank(embeddings=True, targets=["q_proj"]), LastLayer()])
+        with pytest.raises(ValueError, match="FullRank changes the label rows as well"):
+            VBLL(steps=1).fit(model, model.task.train, progress=False)
+        # where only the head is random its draws must still go through the network
+        posterior = SVI(
+            guide={"*proj*": Point(), "embed*": Point(), "head*": MeanField()}, steps=1, max_grad_norm=1.0
+        ).fit(model, model.task.train, progress=False)
+        with torch.no_grad():
+            dict(posterior.guide.items())["embed_tokens.weight"].loc.add_(0.3)
+        draws = posterior.sample(2, generator=torch.Generator().manual_seed(0))
+        batch = next(iter(model.encode(model.task.test).batches(12)))
+        direct = model.logits(batch, draws).softmax(-1)
+        seen = posterior.predict(batch, kind="mc", draws=2, generator=torch.Generator().manual_seed(0)).probs
+        torch.testing.assert_close(seen, direct.detach(), atol=1e-5, rtol=0)
 
     def test_a_network_that_caps_its_logits(self, make):
         model = make()

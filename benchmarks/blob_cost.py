@@ -1,0 +1,299 @@
+"""BLoB's training step, prediction and memory against plain PEFT and against a transcription of the released algorithm.
+
+Usage::
+
+    python benchmarks/blob_cost.py --data-dir FOLDER_WITH_ARC_EASY --batch-size 4 --steps 10
+    python benchmarks/blob_cost.py --growth          # cost against draws, rank, stochastic layers and batch
+
+The transcription keeps what decides the released code's cost: a perturbation with fresh signs for every token (Flipout) in
+q, v and the vocabulary head, logits over the vocabulary at every position, a KL in float64, two optimisers. It is float32, as
+the released code is without a GPU. Steps and predictions are taken in turn in one process; ratios of medians and their range
+over rounds are the result. Peak memory is of a process for each side.
+"""
+
+import argparse
+import copy
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from peft import LoraConfig, get_peft_model
+from prompts import multiple_choice
+from torch import Tensor, nn
+from torch.nn import functional
+
+import pyrolora as pl
+from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.training import TrainingRun
+
+Batch = Mapping[str, Tensor]
+RANK, SCALE, PRIOR, DRAWS = 8, 2.0, 0.2, 10
+TOP_THIRD = tuple(range(20, 30))
+
+
+class ReleasedLayer(nn.Module):
+    """One linear map with the released algorithm's noise."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        bound = base.in_features**-0.5
+        self.mean = nn.Parameter(torch.empty(RANK, base.in_features).uniform_(-bound, bound))
+        self.root = nn.Parameter(torch.empty(RANK, base.in_features).uniform_(0.05 / 2**0.5, 0.05))
+        self.up = nn.Parameter(torch.zeros(base.out_features, RANK))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mean path and noise path, each token with signs of its own."""
+        sigma = self.root**2
+        noise = sigma * torch.randn_like(sigma)
+        r = torch.ones_like(x).uniform_(-1, 1).sign()
+        s = torch.ones(*x.shape[:-1], RANK).uniform_(-1, 1).sign()
+        change = functional.linear(functional.linear(x, self.mean), self.up)
+        change = change + functional.linear(functional.linear(x * r, noise) * s, self.up)
+        return self.base(x) + SCALE * change
+
+    def kl(self) -> Tensor:
+        """KL to the prior in float64."""
+        sigma, mean = self.root.double() ** 2, self.mean.double()
+        return (math.log(PRIOR) - sigma.log() + (sigma**2 + mean**2) / (2 * PRIOR**2) - 0.5).sum()
+
+
+class Released:
+    """The released algorithm on a copy of the network."""
+
+    def __init__(self, backbone: pl.Backbone, label_ids: Tensor) -> None:
+        self.network, self.label_ids = copy.deepcopy(backbone.network), label_ids
+        self.layers = []
+        for block in self.network.model.layers:
+            for name in ("q_proj", "v_proj"):
+                layer = ReleasedLayer(getattr(block.self_attn, name))
+                setattr(block.self_attn, name, layer)
+                self.layers.append(layer)
+        self.network.lm_head = ReleasedLayer(self.network.lm_head)
+        self.layers.append(self.network.lm_head)
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(name.rsplit(".", 1)[-1] in ("mean", "root", "up"))
+        every = [p for layer in self.layers for p in (layer.mean, layer.up)]
+        self.adam = torch.optim.AdamW(every, lr=1e-4, eps=1e-6, weight_decay=0.0)
+        self.sgd = torch.optim.SGD([*every, *(layer.root for layer in self.layers)], lr=0.01)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits of the labels, cut out of those over the vocabulary at every position."""
+        output = self.network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        last = batch["attention_mask"].sum(1) - 1
+        return output.logits[torch.arange(len(last)), last][:, self.label_ids]
+
+    def step(self, batch: Batch) -> None:
+        """NLL by Adam on means and B, then KL and the kept gradients by SGD."""
+        functional.cross_entropy(self.logits(batch), batch["labels"]).backward()
+        self.adam.step()
+        self.adam.zero_grad()
+        (1e-3 * torch.stack([layer.kl() for layer in self.layers]).sum()).backward()
+        self.sgd.step()
+        self.sgd.zero_grad()
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> Tensor:
+        """Mean of the softmax over as many passes as draws."""
+        return torch.stack([self.logits(batch).softmax(-1) for _ in range(DRAWS)]).mean(0)
+
+
+class PEFT:
+    """PEFT's LoRA on a copy of the network."""
+
+    def __init__(self, backbone: pl.Backbone, label_ids: Tensor, keep: int) -> None:
+        network = copy.deepcopy(backbone.network)
+        self.network = get_peft_model(network, LoraConfig(r=RANK, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+        self.label_ids, self.keep = label_ids, keep
+        self.optimiser = torch.optim.AdamW([p for p in self.network.parameters() if p.requires_grad], lr=1e-4)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits of the labels; rows are padded on the left, so that the answer is read at the last position."""
+        output = self.network(
+            input_ids=batch["input_ids"].flip(1) if self.keep else batch["input_ids"],
+            attention_mask=batch["attention_mask"].flip(1) if self.keep else batch["attention_mask"],
+            use_cache=False,
+            logits_to_keep=self.keep,
+        )
+        last = torch.full((len(batch["labels"]),), -1) if self.keep else batch["attention_mask"].sum(1) - 1
+        return output.logits[torch.arange(len(last)), last][:, self.label_ids].float()
+
+    def step(self, batch: Batch) -> None:
+        """One step of maximum likelihood."""
+        self.optimiser.zero_grad(set_to_none=True)
+        functional.cross_entropy(self.logits(batch), batch["labels"]).backward()
+        self.optimiser.step()
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> Tensor:
+        """A single pass."""
+        return self.logits(batch).softmax(-1)
+
+
+class Ours:
+    """This library."""
+
+    def __init__(
+        self,
+        backbone: pl.Backbone,
+        task: Any,
+        layers: tuple[int, ...] | None = None,
+        draws: int = DRAWS,
+        rank: int = RANK,
+    ) -> None:
+        prior = {"*.lora_A": dist.Normal(0.0, PRIOR), "*.lora_B": pl.Flat()}
+        self.model = pl.BayesianModel(backbone, task, adapter=pl.LoRA(rank=rank, layers=layers), prior=prior)
+        self.run = TrainingRun(pl.SVI(steps=10_000, kl_weight=0.1), self.model, task.train)
+        self.draws = draws
+
+    def step(self, batch: Batch) -> None:
+        """One step of the ELBO with a draw for every example."""
+        self.run.take_step(self.run.trunks.attach(batch))
+        self.model.release()
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Coherent draws, all on the batch axis."""
+        return Posterior(self.model, self.run.guide, {}).predict(batch, kind="mc", draws=self.draws).mean_probs
+
+
+def timed(action: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def contenders(data_dir: str | None, only: str | None = None) -> dict[str, Callable[[], Any]]:
+    """Name -> a function that makes it."""
+    task = multiple_choice(data_dir)
+    full = pl.load_backbone("smollm2-135m", dtype="float32")
+    ids = torch.tensor(task.format.label_ids(full.tokenizer))
+
+    def half() -> pl.Backbone:
+        return pl.load_backbone("smollm2-135m", dtype="bfloat16")
+
+    made: dict[str, Callable[[], Any]] = {
+        "released BLoB, float32": lambda: Released(full, ids),
+        "PEFT, full logits, float32": lambda: PEFT(full, ids, 0),
+        "PEFT, float32": lambda: PEFT(full, ids, 1),
+        "ours, float32": lambda: Ours(full, task),
+        "ours, top third, float32": lambda: Ours(full, task, TOP_THIRD),
+        "PEFT, bfloat16": lambda: PEFT(half(), ids, 1),
+        "ours, bfloat16": lambda: Ours(half(), task),
+        "ours, top third, bfloat16": lambda: Ours(half(), task, TOP_THIRD),
+    }
+    return made if only is None else {only: made[only]}
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Print the table of steps, predictions and memory."""
+    sides = {name: make() for name, make in contenders(arguments.data_dir).items()}
+    data = sides["ours, float32"].model.encode(multiple_choice(arguments.data_dir).train)
+    stream = data.stream(arguments.batch_size, seed=0)
+    steps: dict[str, list[float]] = {name: [] for name in sides}
+    predictions: dict[str, list[float]] = {name: [] for name in sides}
+    tokens = []
+    for index in range(arguments.steps + 1):
+        batch = next(stream)
+        tokens.append(float(batch["attention_mask"].sum(1).float().mean()))
+        for name, side in sides.items():
+            seconds = timed(partial(side.step, batch))
+            if index > 0:
+                steps[name].append(seconds)
+        if index < arguments.predictions:
+            for name, side in sides.items():
+                predictions[name].append(timed(partial(side.predict, batch)))
+    print(f"batch {arguments.batch_size}, {statistics.mean(tokens):.0f} tokens, {arguments.steps} alternating steps,")
+    print(f"{arguments.predictions} predictions of {DRAWS} draws (PEFT: one pass)\n")
+    print("| | step, s | to PEFT float32 | released / it | predict, s | released / it | peak memory, GB |")
+    print("|---|---|---|---|---|---|---|")
+
+    def ratio(above: list[float], below: list[float]) -> str:
+        values = sorted(a / b for a, b in zip(above, below, strict=True))
+        return f"{statistics.median(values):.2f} ({values[0]:.2f} to {values[-1]:.2f})"
+
+    for name in sides:
+        command = [sys.executable, __file__, "--memory", name, "--batch-size", str(arguments.batch_size)]
+        command += ["--data-dir", arguments.data_dir] if arguments.data_dir else []
+        peak = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        cells = [
+            f"{statistics.median(steps[name]):.2f}",
+            ratio(steps[name], steps["PEFT, float32"]),
+            ratio(steps["released BLoB, float32"], steps[name]),
+            f"{statistics.median(predictions[name]):.2f}",
+            ratio(predictions["released BLoB, float32"], predictions[name]),
+            f"{peak:.2f}",
+        ]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def memory(arguments: argparse.Namespace) -> None:
+    """Print the peak resident memory of a process that takes four steps of one side, gigabytes."""
+    (side,) = [make() for make in contenders(arguments.data_dir, arguments.memory).values()]
+    task = multiple_choice(arguments.data_dir)
+    model = pl.BayesianModel(pl.load_backbone("smollm2-135m", dtype="float32"), task)
+    stream = model.encode(task.train).stream(arguments.batch_size, seed=0)
+    for _ in range(4):
+        side.step(next(stream))
+    print(json.dumps(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1e6))
+
+
+def growth(arguments: argparse.Namespace) -> None:
+    """Print how step and prediction grow, with slopes in double logarithms."""
+    task = multiple_choice(arguments.data_dir)
+    backbone = pl.load_backbone("smollm2-135m", dtype="bfloat16")
+    print("| grows | values | what | seconds | exponent |\n|---|---|---|---|---|")
+
+    def row(name: str, values: list[int], what: str, measure: Callable[[int], float]) -> None:
+        seconds = [measure(value) for value in values]
+        x, y = ([math.log(value) for value in column] for column in (values, seconds))
+        slope = statistics.linear_regression(x, y).slope
+        cells = (name, ", ".join(map(str, values)), what, ", ".join(f"{s:.2f}" for s in seconds), f"{slope:.2f}")
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+    def best(action: Callable[[], Any]) -> float:
+        action()
+        return min(timed(action) for _ in range(3))
+
+    data = pl.BayesianModel(backbone, task).encode(task.train)
+    batch = data.batch(list(range(4)))
+
+    def step(side: Ours, rows: int = 4) -> float:
+        some = data.batch(list(range(rows)))
+        return best(lambda: side.step({**some, "index": some["index"]}))
+
+    row("draws", [1, 4, 16, 64], "predict", lambda n: best(lambda: Ours(backbone, task, draws=n).predict(batch)))
+    row("rank", [4, 16, 64], "step", lambda r: step(Ours(backbone, task, rank=r)))
+    row("stochastic layers", [5, 10, 20, 30], "step", lambda k: step(Ours(backbone, task, tuple(range(30 - k, 30)))))
+    row("batch", [2, 4, 8, 16], "step", lambda b: step(Ours(backbone, task), b))
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--predictions", type=int, default=3)
+    parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory:
+        memory(arguments)
+    elif arguments.growth:
+        growth(arguments)
+    else:
+        compare(arguments)
+
+
+if __name__ == "__main__":
+    main()

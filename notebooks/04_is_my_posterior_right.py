@@ -1,0 +1,158 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Is my posterior right?
+#
+# A variational posterior always comes out, right or wrong. On a last layer over frozen features the true posterior can
+# be had by NUTS, so approximations can be held against it; then come the checks that need no truth: k-hat,
+# leave-one-out, and calibration by simulation.
+#
+# With `SMOKE=1` in the environment every loop is cut short, which is how the test suite runs this notebook.
+
+# %%
+import os
+
+import matplotlib.pyplot as plt
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import MCMC, NUTS
+
+import pyrolora as pl
+from pyrolora.inference.diagnostics import calibrate_engine, loo, posterior_khat, rank_diagram
+
+SMOKE = os.environ.get("SMOKE") == "1"
+TRAIN, DRAWS, WARMUP, STEPS, SIMULATIONS = (12, 100, 2, 3, 20) if SMOKE else (60, 300, 100, 400, 60)
+
+backbone = pl.load_backbone("smollm2-135m", dtype="float32")
+task = pl.task("crowd_tweets", train_size=TRAIN)
+model = pl.BayesianModel(backbone, task, adapter=pl.LastLayer(), prior=dist.Normal(0.0, 0.1))
+model.print_sites()
+
+# %% [markdown]
+# Nothing below the last layer is random, so its features are computed once and the network need not run again.
+
+# %%
+batch = model.encode(task.train).batch(list(range(TRAIN)))
+with torch.no_grad():
+    features = backbone.features(batch)
+
+
+def rows_of(batch):
+    """Each row's tokens without padding, by which its features are found again."""
+    pairs = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+    return [tuple(ids[mask].tolist()) for ids, mask in pairs]
+
+
+known = dict(zip(rows_of(batch), features, strict=True))
+backbone.features = lambda batch, **_: torch.stack([known[row] for row in rows_of(batch)])
+
+# %% [markdown]
+# ## The truth, and three approximations of it
+
+# %%
+pyro.set_rng_seed(0)
+sampler = MCMC(
+    NUTS(model, max_tree_depth=3 if SMOKE else 6), num_samples=DRAWS, warmup_steps=WARMUP, disable_progbar=True
+)
+sampler.run(batch)
+truth = sampler.get_samples()["head.weight"]
+effective = sampler.diagnostics()["head.weight"]["n_eff"]
+print(
+    f"{truth[0].numel()} weights, effective draws: median {float(effective.median()):.0f}, least {float(effective.min()):.0f}"
+)
+
+# %%
+rates = {"learning_rate": 0.02, "scale_learning_rate": 0.02}
+settings = {"steps": STEPS, "batch_size": TRAIN, "noise": "weight", **rates}
+fits = {
+    "mean field": pl.SVI(guide=pl.MeanField(), **settings).fit(model, task.train, progress=False),
+    "mean field, cold": pl.SVI(guide=pl.MeanField(), kl_weight=0.01, **settings).fit(model, task.train, progress=False),
+    "Laplace": pl.Laplace(structure="last_layer", estimate=pl.MAP(**settings)).fit(model, task.train, progress=False),
+}
+
+
+# %%
+def spread(posterior):
+    draws = posterior.sample(400, generator=torch.Generator().manual_seed(0))["head.weight"]
+    return draws.std(0).flatten().numpy()
+
+
+figure, axes = plt.subplots(2, 3, figsize=(10, 6), constrained_layout=True)
+for column, (name, posterior) in zip(axes.T, fits.items(), strict=True):
+    pairs = (
+        (truth.mean(0).flatten().numpy(), posterior.mean()["head.weight"].flatten().numpy(), "mean"),
+        (truth.std(0).flatten().numpy(), spread(posterior), "standard deviation"),
+    )
+    for axis, (exact, found, what) in zip(column, pairs, strict=True):
+        axis.scatter(exact, found, s=4, alpha=0.25, color="#0072B2", linewidth=0)
+        ends = [min(exact.min(), found.min()), max(exact.max(), found.max())]
+        axis.plot(ends, ends, color="0.3", linestyle="--", linewidth=1)
+        axis.set_xlabel(f"{what}, NUTS", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    column[0].set_title(name, fontsize=10, weight="bold")
+axes[0, 0].set_ylabel("mean of a weight")
+axes[1, 0].set_ylabel("standard deviation of a weight")
+# %% [markdown]
+# ## Without the truth: k-hat and leave-one-out
+#
+# k-hat judges whether importance weights could turn the approximation into the posterior. It speaks of all dimensions
+# at once and is refused above 2,000 of them, where it would only count dimensions.
+
+# %%
+for name, posterior in fits.items():
+    print(f"{name:18s} {posterior_khat(posterior, task.train, sites='head.weight', draws=1000)}")
+print()
+for name, posterior in fits.items():
+    found = loo(posterior, task.train, draws=500)
+    print(
+        f"{name:18s} elpd {found.elpd:7.1f} +- {found.standard_error:.1f}, p_loo {found.effective_parameters:5.1f}, "
+        f"{found.unreliable} of {TRAIN} examples with a high k-hat"
+    )
+
+# %% [markdown]
+# ## Calibration by simulation
+#
+# Draw weights from the prior, labels from the model, fit, and see where the truth ranks among the draws. A right
+# posterior gives uniform ranks. The mean square of the weights tells a posterior that is too narrow; the log-likelihood
+# tells one that has not looked at the data.
+
+# %%
+short = settings | {"steps": 3 if SMOKE else 150}
+engines = {
+    "mean field": pl.SVI(guide=pl.MeanField(), **short),
+    "mean field, cold": pl.SVI(guide=pl.MeanField(), kl_weight=0.01, **short),
+}
+calibrations = {
+    name: calibrate_engine(engine, model, task.train, simulations=SIMULATIONS, draws=60, progress=False)
+    for name, engine in engines.items()
+}
+for name, calibration in calibrations.items():
+    print(name, {quantity: round(value, 4) for quantity, value in calibration.p_values().items()})
+
+# %%
+figure, _ = rank_diagram(calibrations, "head.weight squared")
+figure
+
+# %%
+figure, _ = rank_diagram(calibrations, "log likelihood")
+figure
+
+# %% [markdown]
+# ## Answer
+#
+# Each check sees another fault. NUTS shows it all and is affordable only for a last layer; k-hat says in one number how
+# far the whole is from the truth and cannot be asked of an adapter; leave-one-out asks only about predictions;
+# simulation asks whether the engine is right on average, and catches the cold posterior, which predicts well and is far
+# too sure of its weights.
