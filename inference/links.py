@@ -1,14 +1,18 @@
 """From Gaussian logits to class probabilities: quasi-Monte-Carlo, and closed forms."""
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 # logit draws cost nothing beside the gradients, so the Monte-Carlo error is made negligible
 LOGIT_DRAWS = 256
+# of one expectation: at 200 a softplus is right to 1e-9 for a logit difference of standard deviation 4.5, at 100 to 1e-7
+HERMITE_NODES = 200
 
 
 def softmax_draws(mean: Tensor, covariance: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -97,7 +101,7 @@ def laplace_bridge(mean: Tensor, covariance: Tensor) -> Tensor:
 
 
 def quadrature(mean: Tensor, covariance: Tensor) -> Tensor:
-    """Two classes: ``E[sigmoid(z_1 - z_0)]`` by 100 Gauss-Hermite nodes, exact for all but huge variances.
+    """Two classes: ``E[sigmoid(z_1 - z_0)]`` by Gauss-Hermite nodes, exact for all but huge variances.
 
     Shape:
         mean ``(rows, 2)``, covariance ``(rows, 2, 2)``; returns ``(rows, 2)``
@@ -114,10 +118,16 @@ def quadrature(mean: Tensor, covariance: Tensor) -> Tensor:
     return torch.stack([1 - second, second], dim=-1)
 
 
-def hermite(like: Tensor, nodes: int = 100) -> tuple[Tensor, Tensor]:
+def hermite(like: Tensor) -> tuple[Tensor, Tensor]:
     """Nodes and weights of an expectation under the standard Normal, of the type and device of a tensor."""
-    places, weights = np.polynomial.hermite.hermgauss(nodes)
-    return torch.as_tensor(np.sqrt(2) * places).to(like), torch.as_tensor(weights / np.sqrt(np.pi)).to(like)
+    places, weights = _hermite()
+    return torch.as_tensor(places).to(like), torch.as_tensor(weights).to(like)
+
+
+@cache
+def _hermite() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    places, weights = np.polynomial.hermite.hermgauss(HERMITE_NODES)
+    return np.sqrt(2) * places, weights / np.sqrt(np.pi)
 
 
 # kind of prediction -> closed form

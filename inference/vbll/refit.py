@@ -147,7 +147,7 @@ def polish(
         with torch.enable_grad(), common_random_numbers(data.inputs.device):
             loss = negative_bound(head, twin, prior, data, objective)
         loss.backward()
-        last = float(loss)
+        last = float(loss.detach())
         return loss
 
     optimiser.step(closure)

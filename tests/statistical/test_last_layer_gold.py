@@ -56,8 +56,16 @@ def build(tiny_llama, tiny_tokenizer):
     return make
 
 
-@pytest.mark.parametrize(("examples", "classes", "width"), [(60, 3, 5), (100, 5, 10)])
-def test_tilted_and_sampled_objectives_have_the_right_width_and_jensen_has_not(build, examples, classes, width):
+# on the second problem the best factorised posterior, which "mc" finds, is 1.36 times too wide: see docs/polar_vbll.md
+RIGHT = ("tilted", "mc", "mc joint")
+
+
+@pytest.mark.parametrize(
+    ("examples", "classes", "width", "right"),
+    [(60, 3, 5, RIGHT), (60, 3, 6, ("tilted", "mc joint")), (100, 5, 10, RIGHT)],
+    ids=["60-3-5", "60-3-6", "100-5-10"],
+)
+def test_tilted_and_sampled_objectives_have_the_right_width_and_jensen_has_not(build, examples, classes, width, right):
     model = build(examples, classes, width)
     estimate = MAP(steps=1).iterate(model, model.task.train).posterior()
     gold = NUTS(draws=500, warmup=150, chains=2, seed=3).fit(model, model.task.train, progress=False)
@@ -71,14 +79,16 @@ def test_tilted_and_sampled_objectives_have_the_right_width_and_jensen_has_not(b
         "mc joint": VBLL(refit="mc", objective_draws=64, guide=FullCovariance()),
     }
     fitted = {
-        name: engine.fit(model, model.task.train, estimate=estimate, progress=False) for name, engine in engines.items()
+        name: engine.fit(model, model.task.train, estimate=estimate, progress=False)
+        for name, engine in engines.items()
+        if name == "jensen" or name in right
     }
     table = compare_to_gold(gold, fitted, model.task.test)
-    for name in ("tilted", "mc", "mc joint"):
+    for name in right:
         assert 0.7 < table[name].variance_ratio < 1.3
         assert table[name].kl < 0.005
     assert table["jensen"].variance_ratio < 0.5
-    assert table["jensen"].kl > table["mc"].kl
+    assert all(table["jensen"].kl > table[name].kl for name in right)
     assert "| tilted |" in table.to_markdown()
     own = compare_to_gold(gold, {"itself": gold}, model.task.test)["itself"]
     assert own.variance_ratio == pytest.approx(1.0, abs=1e-6)
