@@ -180,7 +180,7 @@ def test_it_works_or_says_why_not(make, tmp_path, engine, adapter, noise, dtype,
 
 
 # engines that optimise step by step take a schedule; posteriors that tie layers together refuse it
-SCHEDULED = [name for name in ENGINES if name.startswith(("MAP", "SVI"))]
+SCHEDULED = [name for name in ENGINES if name.startswith(("MAP", "SVI", "VBLL"))]
 
 
 @pytest.mark.parametrize("engine", SCHEDULED)

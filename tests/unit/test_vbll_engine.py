@@ -8,6 +8,7 @@ import torch
 from pyro.infer import TraceMeanField_ELBO
 
 from pyrolora.guides import BlockCovariance, FullCovariance, LowRankPrecision, MeanField, Point
+from pyrolora.inference.evaluation.methods import METHODS
 from pyrolora.inference.evaluation.ood import decompose
 from pyrolora.inference.features import FeatureCache
 from pyrolora.inference.laplace import Laplace
@@ -20,8 +21,9 @@ from pyrolora.inference.svi import SVI
 from pyrolora.inference.vbll import VBLL
 from pyrolora.inference.vbll.likelihood import CollapsedProgram
 from pyrolora.inference.vbll.objectives import Objective
-from pyrolora.models.adapters import FullRank, LastLayer, LoRA, PoLAR
+from pyrolora.models.adapters import Adapter, FullRank, LastLayer, LoRA, PoLAR
 from pyrolora.models.backbones import Backbone
+from pyrolora.models.declarations import declared_prior
 from pyrolora.models.priors import logit_scale
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import Split
@@ -158,6 +160,14 @@ class TestTraining:
         posterior = fit(make(dtype=torch.bfloat16))
         assert head_of(posterior).loc.dtype == torch.float32
         assert all(entry["loss"] == entry["loss"] for entry in posterior.record["history"])
+
+
+@pytest.mark.parametrize("name", ["LoRA", "PoLAR", "PiSSA", "CorDA", "S2FT", "FullRank"])
+def test_the_methods_prior_covers_every_adapter_and_keeps_off_the_head(make, name):
+    adapter = Adapter.registered[name]()
+    prior = make(adapter, prior=declared_prior(METHODS["vbll"].prior)).prior.to_dict()
+    assert prior.pop("head.weight")["prior"] == "logit_scale"
+    assert {entry["prior"] for entry in prior.values()} - {"UniformStiefel"} == {"Normal"}
 
 
 class TestRefit:
