@@ -1,17 +1,24 @@
 """Bayesian low-rank adaptation by backpropagation: a Normal on A, a point on B."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import pyro.distributions as dist
+import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyrolora.guides.base import Factor, Family
 from pyrolora.guides.mean_field import MeanField, require_positive, starting_scale
 from pyrolora.guides.point import PointFactor
+from pyrolora.models.naming import nearest
 from pyrolora.models.sites import Site
+
+VARIANTS = ("elbo", "release")
+# the released eps: where G, the root of the standard deviation, starts at most
+RELEASED_ROOT = 0.05
 
 
 @dataclass(frozen=True)
@@ -27,25 +34,35 @@ class BLoB(Family):
     ``{"v_proj.lora_*": BLoB(sites="*"), ...}``.
 
     The released code starts G in [eps / sqrt 2, eps] and stops before it converges, so its width depends on the
-    schedule. Here the standard deviation starts at the prior's own and is an optimum of the ELBO.
+    schedule. Here the standard deviation starts at the prior's own and is an optimum of the ELBO, unless
+    ``variant="release"`` asks for the released start, which `ReleasedBLoB` needs.
 
     Source: Wang et al., "BLoB: Bayesian Low-Rank Adaptation by Backpropagation for Large Language Models", 2024.
 
     Args:
         init_scale: standard deviation of a weight at the start; None starts at the prior's own.
         sites: glob pattern of the sites that are Bayesian.
+        variant: ``"elbo"``, or ``"release"`` for G uniform in [eps / sqrt 2, eps] with eps = 0.05.
 
     Raises:
-        ValueError: ``init_scale`` is not positive.
+        ValueError: ``init_scale`` is not positive or meets a released start, or an unknown variant.
     """
 
     init_scale: float | None = field(
         default=None, metadata={"help": "standard deviation of a weight at the start; None for the prior's own"}
     )
     sites: str = field(default="*lora_A", metadata={"help": "glob pattern of the Bayesian sites"})
+    variant: str = field(default="elbo", metadata={"help": "'elbo' or 'release'"})
 
     def __post_init__(self) -> None:
         require_positive(self.init_scale)
+        if self.variant not in VARIANTS:
+            raise ValueError(
+                f"Unknown variant {self.variant!r} of BLoB. Did you mean {nearest(self.variant, VARIANTS)!r}? "
+                f"Variants: {', '.join(VARIANTS)}."
+            )
+        if self.variant == "release" and self.init_scale is not None:
+            raise ValueError(f"The released start has no init_scale; got {self.init_scale}. Leave it out.")
 
     def check(self, sites: Sequence[Site]) -> None:
         """See `Family.check`.
@@ -61,6 +78,10 @@ class BLoB(Family):
 
     def factor(self, site: Site, start: Tensor, prior: TorchDistribution) -> Factor:
         """See `Family.factor`."""
+        if site.matches(self.sites) and self.variant == "release":
+            factor = SquaredScaleFactor(start, torch.ones_like(start))
+            factor.draw_start(torch.Generator().manual_seed(0))
+            return factor
         if site.matches(self.sites):
             return SquaredScaleFactor(start, starting_scale(self.init_scale, site, start, prior))
         return MeanField().factor(site, start, prior) if site.hyper else PointFactor(site, start)
@@ -80,6 +101,13 @@ class SquaredScaleFactor(Factor):
     def scale(self) -> Tensor:
         """Standard deviation of each weight."""
         return self.root_scale.square()
+
+    @torch.no_grad()
+    def draw_start(self, generator: torch.Generator) -> None:
+        """Put G where the released code starts it, uniform in [eps / sqrt 2, eps]."""
+        uniform = torch.rand(self.root_scale.shape, generator=generator, dtype=torch.float64)
+        low = RELEASED_ROOT / math.sqrt(2)
+        self.root_scale.copy_(low + (RELEASED_ROOT - low) * uniform)
 
     def distribution(self) -> TorchDistribution:
         """See `Factor.distribution`."""

@@ -124,7 +124,7 @@ class TrainingRun:
         """Run the remaining steps, one an item, writing checkpoints on the way and on interruption."""
         engine = self.engine
         self._refill_trunks()
-        batches = self.data.stream(engine.batch_size, seed=self.seed, start=self.step)
+        batches = self._stream(self.step)
         bar = tqdm(
             total=engine.steps, initial=self.step, desc=type(engine).__name__.lower(), disable=not progress, leave=False
         )
@@ -149,6 +149,10 @@ class TrainingRun:
             bar.close()
             self.model.release()
 
+    def _stream(self, start: int) -> Iterator[dict[str, Tensor]]:
+        """Batches from a step on, without end."""
+        return self.data.stream(self.engine.batch_size, seed=self.seed, start=start)
+
     def _refill_trunks(self) -> None:
         """Cache what the steps before a resume had cached, in their batches.
 
@@ -157,7 +161,7 @@ class TrainingRun:
         """
         if self.model.first_block > 0:
             done = min(self.step, self.data.steps_per_epoch(self.engine.batch_size))
-            for batch in islice(self.data.stream(self.engine.batch_size, seed=self.seed), done):
+            for batch in islice(self._stream(0), done):
                 self.trunks.attach(batch)
 
     def take_step(self, batch: Mapping[str, Tensor]) -> StepStats:

@@ -9,6 +9,7 @@ from pyrolora.inference.evaluation.temperature import TemperatureScaling
 from pyrolora.inference.laplace import Laplace
 from pyrolora.inference.map import MAP
 from pyrolora.inference.nuts import NUTS
+from pyrolora.inference.released import ReleasedBLoB
 from pyrolora.inference.schedules import SCHEDULES
 from pyrolora.inference.svi import SVI
 from pyrolora.inference.vbll import VBLL
@@ -18,6 +19,7 @@ from pyrolora.models.naming import nearest
 ENGINES = {
     "MAP": MAP,
     "SVI": SVI,
+    "ReleasedBLoB": ReleasedBLoB,
     "Laplace": Laplace,
     "VBLL": VBLL,
     "NUTS": NUTS,
@@ -43,8 +45,8 @@ class Method:
     """One row of a comparison, as text and numbers that a YAML file can hold.
 
     Attributes:
-        engine: ``"MAP"``, ``"SVI"``, ``"Laplace"``, ``"VBLL"``, ``"NUTS"``, ``"TemperatureScaling"``, or ``"none"`` for the
-            pretrained model.
+        engine: ``"MAP"``, ``"SVI"``, ``"ReleasedBLoB"``, ``"Laplace"``, ``"VBLL"``, ``"NUTS"``, ``"TemperatureScaling"``, or
+            ``"none"`` for the pretrained model.
         prior: declaration of the prior, or ``{glob pattern: declaration}``.
         guide: declaration of the guide, or ``{glob pattern: declaration}``; for SVI and VBLL.
         settings: settings of the engine.
@@ -143,6 +145,7 @@ METHODS: dict[str, Method] = {
     "mle": Method("MAP", prior="Flat()"),
     "map": Method("MAP"),
     "blob": Method("SVI", prior=NARROW, guide="BLoB()", settings=COLD),
+    "blob_release": Method("ReleasedBLoB", prior={"*.lora_A": "Normal(0, 0.2)", "*.lora_B": "Flat()"}),
     "mean_field": Method("SVI", prior=NARROW, guide="MeanField()", settings=COLD),
     "low_rank": Method(
         "SVI", prior=NARROW, guide={"*.lora_A": "LowRank(rank=4)", "*.lora_B": "Point()"}, settings=COLD

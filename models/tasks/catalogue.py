@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pyrolora.models.tasks.example import Example
-from pyrolora.models.tasks.formats import OptionScoring, Verbaliser
+from pyrolora.models.tasks.formats import Letter, OptionScoring, Verbaliser
 from pyrolora.models.tasks.packages import read_headlines, read_tweets
 from pyrolora.models.tasks.readers import (
     blank_reader,
@@ -130,6 +132,21 @@ def _arc(name: str, config: str) -> TaskSpec:
     )
 
 
+def _paper(spec: TaskSpec, letters: str, choices: str) -> TaskSpec:
+    """A task as the released BLoB code asks it: its instruction, its spelling, and the letter after its option."""
+    template = (
+        "Return the label of the correct answer for the question below.\n\nQuestion: {question}\n"
+        f"{choices}:\n{{options}}\nAnswer:"
+    )
+    return replace(
+        spec,
+        name=f"{spec.name}_paper",
+        labels=tuple(letters),
+        format=Letter(template, tuple(letters), option="{text}) {letter}", separator=""),
+        description=f"{spec.description} Asked with the prompt of the released BLoB code.",
+    )
+
+
 def _winogrande(name: str, held_out: int) -> TaskSpec:
     return TaskSpec(
         name=name,
@@ -173,6 +190,19 @@ def _mmlu(subject: str) -> TaskSpec:
     )
 
 
+OPENBOOKQA = TaskSpec(
+    name="openbookqa",
+    fields=("question",),
+    labels=("A", "B", "C", "D"),
+    # most stems are the beginning of a sentence that the option ends
+    format=OptionScoring("{question}", normalise="character"),
+    reader=choice_reader(question="question_stem"),
+    sources=(Hub("allenai/openbookqa", "main"),),
+    files=Files(folder="openbookqa"),
+    description="Elementary science questions with four options; official splits.",
+    licence="Apache-2.0",
+)
+
 SHIPPED: tuple[TaskSpec, ...] = (
     TaskSpec(
         name="bbc_headlines",
@@ -212,18 +242,11 @@ SHIPPED: tuple[TaskSpec, ...] = (
     _sentiment("uci_sentiment_imdb", "imdb", "films"),
     _arc("arc_easy", "ARC-Easy"),
     _arc("arc_challenge", "ARC-Challenge"),
-    TaskSpec(
-        name="openbookqa",
-        fields=("question",),
-        labels=("A", "B", "C", "D"),
-        # most stems are the beginning of a sentence that the option ends
-        format=OptionScoring("{question}", normalise="character"),
-        reader=choice_reader(question="question_stem"),
-        sources=(Hub("allenai/openbookqa", "main"),),
-        files=Files(folder="openbookqa"),
-        description="Elementary science questions with four options; official splits.",
-        licence="Apache-2.0",
-    ),
+    # asked for by name only: the released prompts, misspelling and all
+    _paper(_arc("arc_easy", "ARC-Easy"), "ABCDE", "Choices"),
+    _paper(_arc("arc_challenge", "ARC-Challenge"), "ABCDE", "Choices"),
+    _paper(OPENBOOKQA, "ABCD", "Chioces"),
+    OPENBOOKQA,
     _winogrande("winogrande_s", held_out=100),
     _winogrande("winogrande_m", held_out=300),
     TaskSpec(

@@ -111,18 +111,26 @@ class Letter:
     Args:
         template: the prompt; ``{options}`` stands for the listed options, one a line.
         letters: one for each position an option can have.
+        option: how one option is listed, with ``{letter}`` and ``{text}``.
+        separator: what stands between prompt and letter when the prompt ends without white space.
     """
 
     kind: ClassVar[Literal["label"]] = "label"
 
     template: str = "Question: {question}\n{options}\nAnswer:"
     letters: tuple[str, ...] = ("A", "B", "C", "D")
+    option: str = "{letter}) {text}"
+    separator: str = " "
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "letters", tuple(self.letters))
         if "options" not in template_fields(self.template):
             raise ValueError(
                 f"The template {self.template!r} shows no options; put {{options}} where they are to be listed."
+            )
+        if sorted(template_fields(self.option)) != ["letter", "text"]:
+            raise ValueError(
+                f"The option {self.option!r} must show {{letter}} and {{text}}, as in '{{letter}}) {{text}}'."
             )
 
     @property
@@ -148,7 +156,9 @@ class Letter:
                 f"{', '.join(self.letters)}. Give Letter(letters=...) more of them, or use a Verbaliser for "
                 "plain texts."
             )
-        listed = "\n".join(f"{letter}) {option}" for letter, option in zip(self.letters, example.options, strict=False))
+        pairs = zip(self.letters, example.options, strict=False)
+        # the text last, so that braces in it are not taken for fields
+        listed = "\n".join(self.option.replace("{letter}", letter).replace("{text}", text) for letter, text in pairs)
         return fill(self.template, example, {"options": listed})
 
     def label_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -157,7 +167,7 @@ class Letter:
         Raises:
             ValueError: two letters share their token, or one is unknown to the tokenizer.
         """
-        return first_tokens(tokenizer, self.template, self.letters, " ")
+        return first_tokens(tokenizer, self.template, self.letters, self.separator)
 
     def encode(
         self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int

@@ -20,6 +20,7 @@ from pyrolora.inference.map import MAP
 from pyrolora.inference.nuts import NUTS
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.predictive import Predictive
+from pyrolora.inference.released import ReleasedBLoB
 from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.svi import SVI
 from pyrolora.inference.vbll import VBLL
@@ -69,6 +70,7 @@ __all__ = [
     "Predictive",
     "QPiSSA",
     "Relative",
+    "ReleasedBLoB",
     "Report",
     "SecondMoments",
     "Served",

@@ -9,6 +9,8 @@ from pyrolora.inference.laplace.structures import Kronecker
 from pyrolora.inference.laplace.summation import FILE, new_structures, sum_curvature
 from pyrolora.inference.logit_gradients import LogitGradients, each_logit, hessian_root
 from pyrolora.models.adapters import LastLayer, LoRA
+from pyrolora.models.backbones import Backbone
+from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import Example, OptionScoring, Split, Task
 
 ADAPTERS = [LoRA(rank=2, alpha=4.0, layers=(1, 2)), LastLayer()]
@@ -280,3 +282,44 @@ def test_the_backbone_and_the_estimate_are_left_alone(model):
     assert all(torch.equal(value, before[name]) for name, value in model.backbone.network.state_dict().items())
     assert all(value.grad is None for value in estimate.values())
     assert not model.backbone._deltas, "the draw must not stay bound"
+
+
+class TestDefectsOfOtherLibraries:
+    """What published Kronecker-Laplace code for LoRA gets wrong, and no other test here would show.
+
+    Evidence, batch size, all tokens, one row, ranks above a side and the mean of probabilities rather than logits have tests
+    of their own above and in the files beside this one.
+    """
+
+    def test_dropout_is_off_and_the_networks_mode_is_as_before(self, tiny_llama, tiny_tokenizer, three_topics):
+        network = tiny_llama(torch.float64, attention_dropout=0.5)
+        model = BayesianModel(Backbone(network, tiny_tokenizer, "tiny"), three_topics(), adapter=ADAPTERS)
+        mode, estimate, names = network.training, somewhere(model), ("v_proj.lora_B",)
+        first, again = (curvature(model, estimate, names, "kron")["v_proj.lora_B"] for _ in range(2))
+        assert torch.equal(first.outputs, again.outputs), "dropout would draw other masks"
+        assert network.training == mode
+
+    def test_a_batch_costs_one_backward_less_than_classes_whatever_its_rows(self, model, monkeypatch):
+        calls, real = [], torch.autograd.grad
+        monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: (calls.append(1), real(*args, **kwargs))[1])
+        curvature(model, somewhere(model), tuple(model.sites), "kron", batch_size=12)
+        assert len(calls) == 2
+        calls.clear()
+        LogitGradients(model, somewhere(model), tuple(model.sites)).jacobians(whole_batch(model), each_logit)
+        assert len(calls) == 3
+
+    def test_logits_meet_the_softmax_once(self, model):
+        """Twice, probabilities would be near uniform and the Fisher information of the head near that of a coin."""
+        estimate, batch = somewhere(model), whole_batch(model)
+        logits, _ = explicit_jacobians(model, batch, estimate)
+        probs = logits.softmax(-1)
+        with torch.no_grad():
+            model.row_logits(batch, estimate)
+            features = model.backbone.features(batch).double()
+            model.release()
+        hessian = torch.diag_embed(probs) - probs[:, :, None] * probs[:, None]
+        wanted = torch.einsum("nij,na,nb->iajb", hessian, features, features).reshape(96, 96)
+        found = curvature(model, estimate, ("head.weight",), "full")["head.weight"].total
+        assert relative(found, wanted) < 1e-8
+        twice = probs.softmax(-1)
+        assert (twice - probs).abs().max() > 0.2

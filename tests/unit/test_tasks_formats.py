@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pyrolora.models.tasks import Example, Letter, OptionScoring, Verbaliser, task
+from pyrolora.models.tasks.catalogue import SHIPPED
 from pyrolora.models.tasks.prompts import token_ids
 
 SPACE = "Ġ"  # how byte-level tokenizers write a leading space
@@ -156,6 +157,35 @@ class TestTruncation:
 
 
 class TestLetter:
+    def test_the_option_line_may_be_turned_round(self):
+        shape = Letter("{question}\n{options}", letters=("A", "B"), option="{text}) {letter}")
+        assert shape.prompt(QUIZ) == "Sky?\nred) A\nblue) B"
+        braces = Example({"question": "Set?"}, 0, ("{letter}", "{x}"))
+        assert Letter("{question}\n{options}").prompt(braces) == "Set?\nA) {letter}\nB) {x}"
+        with pytest.raises(ValueError, match=r"must show \{letter\} and \{text\}"):
+            Letter(option="{letter}")
+
+    def test_letters_without_white_space_before_them_are_other_tokens(self, smollm2):
+        spaced, tight = (Letter(separator=separator).label_ids(smollm2.tokenizer) for separator in (" ", ""))
+        assert tight == tuple(smollm2.tokenizer(letter, add_special_tokens=False).input_ids[-1] for letter in "ABCD")
+        assert not set(spaced) & set(tight)
+
+    @pytest.mark.parametrize(
+        ("name", "line", "letters"),
+        [
+            ("arc_easy_paper", "Choices:", 5),
+            ("arc_challenge_paper", "Choices:", 5),
+            ("openbookqa_paper", "Chioces:", 4),
+        ],
+    )
+    def test_the_released_prompts(self, name, line, letters):
+        shape = next(spec.format for spec in SHIPPED if spec.name == name)
+        assert shape.prompt(QUIZ) == (
+            "Return the label of the correct answer for the question below.\n\n"
+            f"Question: Sky?\n{line}\nred) A\nblue) B\nAnswer:"
+        )
+        assert len(shape.letters) == letters
+
     def test_prompt_is_exact(self):
         assert Letter().prompt(QUIZ) == "Question: Sky?\nA) red\nB) blue\nAnswer:"
 
