@@ -12,16 +12,17 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyrolora.models.naming import nearest
-from pyrolora.models.sites import Site, SiteTable
+from pyrolora.models.sites import Site
 
-ROLES = ("loc", "scale", "point")
+ROLES = ("loc", "scale", "point", "manifold")
 
 
 class Factor(nn.Module, ABC):
     """The posterior of one site: parameters that exist at once, and the distribution that they make.
 
     Attributes:
-        roles: parameter name -> ``"loc"``, ``"scale"`` or ``"point"``, by which an engine sets learning rates.
+        roles: parameter name -> ``"loc"``, ``"scale"``, ``"point"``, or ``"manifold"`` for a value with orthonormal columns,
+            by which an engine sets learning rates and steps.
         family: the family that made it, set by `build_guide` and kept with saved posteriors.
     """
 
@@ -49,6 +50,8 @@ class Family(ABC):
     """
 
     registered: ClassVar[dict[str, type["Family"]]] = {}
+    # whether it can be the posterior of a site that has a prior of its own, on a manifold
+    on_manifolds: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -195,7 +198,7 @@ class Guide(PyroModule):
         return {name: factor.second_moment().mean() for name, factor in self.items() if name in wanted}
 
     def parameters_by_role(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters grouped into ``loc``, ``scale`` and ``point``."""
+        """Parameters grouped into ``loc``, ``scale``, ``point`` and ``manifold``."""
         groups: dict[str, list[nn.Parameter]] = {role: [] for role in ROLES}
         for _, factor in self.items():
             for name, parameter in factor.named_parameters():
@@ -244,20 +247,3 @@ def by_pattern(specification: GuideSpecification) -> Mapping[str, Family]:
                 f"{', '.join(sorted(Family.registered))}, as in BLoB() (an instance, not the class)."
             )
     return patterns
-
-
-def resolve(specification: GuideSpecification, sites: SiteTable) -> dict[str, Family]:
-    """One family for every site, in program order.
-
-    Args:
-        specification: a family, or ``{glob pattern: family}``.
-        sites: the model's sites.
-
-    Raises:
-        ValueError: an unknown site, a gap or an overlap; the nearest name is offered.
-        TypeError: something that is not a family.
-    """
-    families: dict[str, Family] = sites.assign(by_pattern(specification), "guide")
-    for family in by_pattern(specification).values():
-        family.check([sites[name] for name, given in families.items() if given is family])
-    return families

@@ -7,9 +7,11 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyrolora.guides.base import Guide, GuideSpecification, SeededBy, resolve
+from pyrolora.guides.base import Family, Guide, GuideSpecification, SeededBy, by_pattern
+from pyrolora.guides.point import Point
 from pyrolora.models.naming import nearest
 from pyrolora.models.program import BayesianModel
+from pyrolora.models.sites import SiteTable
 
 
 def build_guide(
@@ -67,3 +69,30 @@ def _check_start(start: Mapping[str, Tensor], model: BayesianModel) -> None:
                 f"The start of {name!r} has shape {tuple(value.shape)}; the site's is {tuple(model.sites[name].shape)}. "
                 "Give one value of every weight, such as another posterior's mean()."
             )
+
+
+def resolve(specification: GuideSpecification, sites: SiteTable) -> dict[str, Family]:
+    """One family for every site, in program order.
+
+    A single family is meant for the real sites; sites on a manifold are points unless a pattern names them.
+
+    Args:
+        specification: a family, or ``{glob pattern: family}``.
+        sites: the model's sites.
+
+    Raises:
+        ValueError: an unknown site, a gap or an overlap; the nearest name is offered.
+        TypeError: something that is not a family.
+    """
+    points: dict[str, Family] = {name: Point() for name, site in sites.items() if site.prior is not None}
+    families: dict[str, Family] = sites.assign(by_pattern(specification), "guide", points)
+    for name, family in families.items():
+        if name in points and not family.on_manifolds:
+            able = [kind.__name__ for kind in Family.registered.values() if kind.on_manifolds]
+            raise ValueError(
+                f"{type(family).__name__} is a posterior over real numbers, and {name!r} lives on {sites[name].support}. "
+                f"Use {' or '.join(f'{kind}()' for kind in sorted(able))} there, or leave the site out of the patterns."
+            )
+    for family in by_pattern(specification).values():
+        family.check([sites[name] for name, given in families.items() if given is family])
+    return families

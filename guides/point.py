@@ -21,9 +21,11 @@ class Point(Family):
         SVI(guide={"*.lora_A": BLoB(), "*.lora_B": Point()})
     """
 
+    on_manifolds: ClassVar = True
+
     def factor(self, site: Site, start: Tensor, prior: TorchDistribution) -> Factor:
         """See `Family.factor`."""
-        return PointFactor(site, start)
+        return PointFactor(site, start) if site.prior is None else ManifoldPointFactor(site, start)
 
 
 class PointFactor(Factor):
@@ -48,3 +50,26 @@ class PointFactor(Factor):
     def second_moment(self) -> Tensor:
         """See `Factor.second_moment`."""
         return self.mean().square()
+
+
+class ManifoldPointFactor(Factor):
+    """A Delta on a manifold: its value is the parameter itself, and the engine's steps keep it there."""
+
+    roles: ClassVar = {"value": "manifold"}
+
+    def __init__(self, site: Site, start: Tensor) -> None:
+        super().__init__()
+        self.value = nn.Parameter(start.clone())
+        self.event_dim = len(site.shape)
+
+    def distribution(self) -> TorchDistribution:
+        """See `Factor.distribution`."""
+        return dist.Delta(self.value, event_dim=self.event_dim)
+
+    def mean(self) -> Tensor:
+        """See `Factor.mean`."""
+        return self.value
+
+    def second_moment(self) -> Tensor:
+        """See `Factor.second_moment`."""
+        return self.value.square()

@@ -40,6 +40,8 @@ class StepStats:
         kl: KL from posterior to prior divided by the number of data, nats per example; for a point estimate minus the
             log prior density.
         grad_norm: Euclidean norm of all gradients.
+        orthogonality_error: of `PoLAR`, the largest ``|X'X - I|_F`` after the step; None without such factors.
+        stable_rank: of `PoLAR`, the mean stable rank of the cores after the step; None without them.
     """
 
     step: int
@@ -47,10 +49,12 @@ class StepStats:
     nll: float
     kl: float
     grad_norm: float
+    orthogonality_error: float | None = None
+    stable_rank: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, ready for JSON."""
-        return dict(vars(self))
+        """Plain numbers, ready for JSON; what does not apply is left out."""
+        return {key: value for key, value in vars(self).items() if value is not None}
 
 
 History = list[StepStats]

@@ -1,13 +1,18 @@
 """From Gaussian logits to class probabilities: quasi-Monte-Carlo, and closed forms."""
 
 from collections.abc import Callable
+from functools import cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 # logit draws cost nothing beside the gradients, so the Monte-Carlo error is made negligible
 LOGIT_DRAWS = 256
+# of one expectation: at 200 a softplus is right to 1e-9 for a logit difference of standard deviation 4.5, at 100 to 1e-7
+HERMITE_NODES = 200
 
 
 def softmax_draws(mean: Tensor, covariance: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -95,12 +100,44 @@ def laplace_bridge(mean: Tensor, covariance: Tensor) -> Tensor:
     return alpha / alpha.sum(-1, keepdim=True)
 
 
+def quadrature(mean: Tensor, covariance: Tensor) -> Tensor:
+    """Two classes: ``E[sigmoid(z_1 - z_0)]`` by Gauss-Hermite nodes, exact for all but huge variances.
+
+    Shape:
+        mean ``(rows, 2)``, covariance ``(rows, 2, 2)``; returns ``(rows, 2)``
+
+    Raises:
+        ValueError: other than two classes.
+    """
+    if mean.shape[-1] != 2:
+        raise ValueError(f"Quadrature is for two classes; these data have {mean.shape[-1]}. Use kind='linearised_mf1'.")
+    variance = covariance.diagonal(dim1=-2, dim2=-1).sum(-1) - 2 * covariance[..., 0, 1]
+    nodes, weights = hermite(mean)
+    difference = (mean[..., 1] - mean[..., 0])[..., None] + variance.clamp_min(0).sqrt()[..., None] * nodes
+    second = difference.sigmoid() @ weights
+    return torch.stack([1 - second, second], dim=-1)
+
+
+def hermite(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of an expectation under the standard Normal, of the type and device of a tensor."""
+    places, weights = _hermite()
+    return torch.as_tensor(places).to(like), torch.as_tensor(weights).to(like)
+
+
+@cache
+def _hermite() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    places, weights = np.polynomial.hermite.hermgauss(HERMITE_NODES)
+    return np.sqrt(2) * places, weights / np.sqrt(np.pi)
+
+
 # kind of prediction -> closed form
 LINKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "linearised_mf1": mean_field_softmax,
     "linearised_probit": probit,
     "linearised_bridge": laplace_bridge,
 }
+# for two classes besides
+BINARY_LINKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"linearised_quadrature": quadrature}
 
 # links for which the contrasts between logits say everything
-SHIFT_INVARIANT = (mean_field_softmax,)
+SHIFT_INVARIANT = (mean_field_softmax, quadrature)

@@ -1,12 +1,14 @@
 """Adam over a guide's parameters, whole or only the entries of the blocks that are being trained."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyrolora.guides.base import Guide
+from pyrolora.guides.base import ROLES, Guide
+from pyrolora.inference.riemannian import RiemannianStep
 from pyrolora.inference.schedules import BlockPlan, Entries
 
 # (position of the parameter, entry of its stack, or None for the whole of it)
@@ -17,7 +19,8 @@ class GuideAdam:
     """One `torch.optim.Adam` whose tensors are the guide's parameters or views of their active entries.
 
     A view shares memory with its parameter, so a step on it moves the guide; entries that rest are no tensors of the
-    optimiser, and nothing can move them: no momentum, no weight decay.
+    optimiser, and nothing can move them: no momentum, no weight decay. What lives on a manifold moves by a `RiemannianStep`,
+    whole or entry by entry.
 
     Usage::
 
@@ -28,34 +31,46 @@ class GuideAdam:
         optimiser.step(rate_factor)
 
     Attributes:
-        parameters: all parameters of the guide, grouped by role.
+        parameters: all parameters of the guide, grouped by learning rate.
         entries: site name -> active entries; None without a schedule.
         peak_state_bytes: the most bytes that Adam's moments have taken on the guide's device.
 
     Args:
         guide: the guide.
-        rates: learning rate of each role.
+        rates: learning rate of each role, or of one site's role under ``"<site>/<role>"``.
         plan: the blocks of each interval, or None to train everything.
+        manifold_step: how parameters in the role ``"manifold"`` move; which ones they are is filled in here.
 
     Raises:
         ValueError: a site of the schedule whose posterior is not a stack of independent blocks.
+        TypeError: parameters on a manifold in half precision.
     """
 
-    def __init__(self, guide: Guide, rates: Mapping[str, float], plan: BlockPlan | None = None) -> None:
+    def __init__(
+        self,
+        guide: Guide,
+        rates: Mapping[str, float],
+        plan: BlockPlan | None = None,
+        manifold_step: RiemannianStep | None = None,
+    ) -> None:
         self.plan = plan
-        roles = guide.parameters_by_role()
-        used = [role for role in roles if roles[role]]
-        self.parameters: list[nn.Parameter] = [parameter for role in used for parameter in roles[role]]
-        groups: list[dict[str, Any]] = [{"params": roles[role], "lr": rates[role]} for role in used]
-        self.adam = torch.optim.Adam(groups, foreach=True)
-        self.peak_rates = [group["lr"] for group in self.adam.param_groups]
-        self._group_of = [number for number, role in enumerate(used) for _ in roles[role]]
+        groups = _groups(guide, rates)
+        self.parameters: list[nn.Parameter] = [parameter for _, _, members in groups for parameter in members]
+        self.adam = torch.optim.Adam([{"params": members, "lr": rate} for _, rate, members in groups], foreach=True)
+        self.peak_rates = [rate for _, rate, _ in groups]
+        self._group_of = [number for number, (_, _, members) in enumerate(groups) for _ in members]
+        self._roles = [role for role, _, members in groups for _ in members]
         self._sites = self._sites_of(guide)
         self._tensors: dict[Part, Tensor] = {(i, None): parameter for i, parameter in enumerate(self.parameters)}
+        self._take_step = replace(manifold_step or RiemannianStep(()), parameters=self._points())
         self._resting: dict[Part, dict[str, Tensor]] = {}
         self._interval: int | None = None
         self.entries: Entries | None = None
         self.peak_state_bytes = 0
+
+    def _points(self) -> list[Tensor]:
+        """What is being trained on a manifold."""
+        return [tensor for (position, _), tensor in self._tensors.items() if self._roles[position] == "manifold"]
 
     def _sites_of(self, guide: Guide) -> list[str | None]:
         """The site of each parameter whose entries may rest, None for the others."""
@@ -103,6 +118,7 @@ class GuideAdam:
                 self.adam.state[tensor] = _moved({part: state}, tensor.device)[part]
         for number, group in enumerate(self.adam.param_groups):
             group["params"] = [t for (position, _), t in self._tensors.items() if self._group_of[position] == number]
+        self._take_step = replace(self._take_step, parameters=self._points())
         return self.entries
 
     def _view(self, part: Part) -> Tensor:
@@ -130,10 +146,10 @@ class GuideAdam:
         return [tensor.grad for tensor in self._tensors.values() if tensor.grad is not None]
 
     def step(self, factor: float) -> None:
-        """One step of Adam along `gradients`, with the peak rates times a factor."""
+        """One step of Adam along `gradients`, on manifolds a Riemannian one, with the peak rates times a factor."""
         for group, rate in zip(self.adam.param_groups, self.peak_rates, strict=True):
             group["lr"] = rate * factor
-        self.adam.step()
+        self._take_step(self.adam)
         self.peak_state_bytes = max(self.peak_state_bytes, self.state_bytes())
 
     def state_bytes(self) -> int:
@@ -175,3 +191,17 @@ def _moved(states: Mapping[Part, dict[str, Tensor]], device: Any) -> dict[Part, 
         part: {key: value if key == "step" else value.to(device) for key, value in state.items()}
         for part, state in states.items()
     }
+
+
+def _groups(guide: Guide, rates: Mapping[str, float]) -> list[tuple[str, float, list[nn.Parameter]]]:
+    """Role, learning rate and parameters of every group that has some."""
+    groups: dict[str, tuple[str, float, list[nn.Parameter]]] = {
+        key: (key, rates[key], []) for key in ROLES if key in rates
+    }
+    for site, factor in guide.items():
+        for name, parameter in factor.named_parameters():
+            role = factor.roles[name]
+            own = f"{site}/{role}"
+            key = own if own in rates else role
+            groups.setdefault(key, (role, rates[key], []))[2].append(parameter)
+    return [group for group in groups.values() if group[2]]

@@ -1,6 +1,6 @@
 """The posterior that every engine returns."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,9 @@ from tqdm.auto import tqdm
 
 from pyrolora.guides.base import Guide
 from pyrolora.guides.samplers import require_sampler
+from pyrolora.inference.last_layer import LastLayerHead, only_random_in_the_head
 from pyrolora.inference.linearised import Linearised, normal_sites
-from pyrolora.inference.links import LINKS, SHIFT_INVARIANT, softmax_draws
+from pyrolora.inference.links import BINARY_LINKS, LINKS, SHIFT_INVARIANT, softmax_draws
 from pyrolora.inference.noise import TOKEN_SCOPES
 from pyrolora.inference.predictive import (
     DRAWS_A_ROUND,
@@ -24,6 +25,7 @@ from pyrolora.inference.predictive import (
     monte_carlo_error,
 )
 from pyrolora.inference.token_noise import TokenNoise, token_methods
+from pyrolora.models.adapters.last_layer import HEAD
 from pyrolora.models.naming import nearest
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import EncodedSplit, Split
@@ -53,8 +55,11 @@ class Posterior:
     @property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of prediction: ``"mc"``, ``"mean"``; linearised and token noise where every random site allows them."""
-        linearised = ("linearised", *LINKS) if normal_sites(self.guide, self.model) else ()
+        linearised = ("linearised", *self._links()) if normal_sites(self.guide, self.model) else ()
         return ("mc", "mean", *linearised, *token_methods(self.guide, self.model))
+
+    def _links(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+        return {**LINKS, **(BINARY_LINKS if self.model.classes == 2 else {})}
 
     @property
     def default_kind(self) -> str:
@@ -64,7 +69,7 @@ class Posterior:
     @property
     def is_point(self) -> bool:
         """Whether all mass lies on one value, so that every draw is the same."""
-        return not self.guide.parameters_by_role()["scale"]
+        return not any("scale" in factor.roles.values() for _, factor in self.guide.items())
 
     @property
     def logit_temperature(self) -> float:
@@ -173,19 +178,39 @@ class Posterior:
         if kind == "mean":
             mean = self.mean()
             return lambda batch: RowPrediction.from_logits(self.model.logits(batch, mean))
-        if kind in LINKS:
-            linearised, link = Linearised(self.model, self.guide), LINKS[kind]
+        linear = only_random_in_the_head(self.model, self.guide)
+        if kind in self._links():
+            linearised, link = self._gaussian_logits(linear), self._links()[kind]
             return lambda batch: link(*linearised(batch, contrasts=link in SHIFT_INVARIANT))[None]
         if kind == "linearised":
-            linearised = Linearised(self.model, self.guide)
+            linearised = self._gaussian_logits(linear)
             # one set of quasi-random points for all rows, as one set of weight draws would be
             seed = int(torch.randint(2**31, (), generator=generator))
             return lambda batch: softmax_draws(*linearised(batch, contrasts=True), torch.Generator().manual_seed(seed))
         if kind in TOKEN_SCOPES:
             return TokenNoise(self.model, self.guide, kind, draws, generator)
         sampled = self.sample(draws, generator=generator, sampler=sampler)
+        if linear:
+            head, mean = LastLayerHead(self.model), self.mean()
 
+            def from_features(batch: Batch) -> RowPrediction:
+                return RowPrediction.from_logits(head.logits(self.model.features(batch, mean), sampled[HEAD]))
+
+            return from_features
         return lambda batch: RowPrediction.from_logits(logits_of_draws(self.model, batch, sampled, draws))
+
+    def _gaussian_logits(self, linear: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+        """Mean and covariance of a batch's logits: of the linearised network, or exact where it is linear anyway."""
+        if not linear:
+            return Linearised(self.model, self.guide)
+        head, mean = LastLayerHead(self.model), self.mean()
+        q = head.factor(self.guide).distribution()
+
+        def moments(batch: Batch, contrasts: bool = False) -> tuple[Tensor, Tensor]:
+            found = head.moments(q, self.model.features(batch, mean))
+            return found.mean, found.covariance
+
+        return moments
 
     def to_arviz(self, *args: Any, **kwargs: Any) -> Any:
         """An `xarray.DataTree` of draws, predictions and training curves; see `pyrolora.inference.arviz.to_datatree`."""

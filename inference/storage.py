@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pyrolora.guides.base import Family, resolve
-from pyrolora.guides.build import build_guide
+from pyrolora.guides.base import Family
+from pyrolora.guides.build import build_guide, resolve
 from pyrolora.models.adapters import Adapter
 from pyrolora.models.backbones import Backbone, load_backbone
 from pyrolora.models.naming import nearest
@@ -235,8 +235,10 @@ def _check_backbone(folder: Path, config: dict[str, Any], backbone: Backbone) ->
 def _posterior_class(name: str) -> type["Posterior"]:
     from pyrolora.inference.laplace import LaplacePosterior
     from pyrolora.inference.posterior import Posterior
+    from pyrolora.inference.vbll import LastLayerPosterior
 
-    known: dict[str, type[Posterior]] = {kind.__name__: kind for kind in (Posterior, LaplacePosterior)}
+    kinds = (Posterior, LaplacePosterior, LastLayerPosterior)
+    known: dict[str, type[Posterior]] = {kind.__name__: kind for kind in kinds}
     if name not in known:
         raise ValueError(f"Unknown kind of posterior {name!r}; expected one of {', '.join(known)}.")
     return known[name]

@@ -12,10 +12,12 @@ from pyrolora.guides import BLoB
 from pyrolora.guides.base import Family, GuideSpecification, by_pattern
 from pyrolora.inference.noise import SCOPES
 from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.riemannian import STEPS, check_settings
 from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.training import TrainingRun
 from pyrolora.models.naming import nearest
 from pyrolora.models.program import BayesianModel
+from pyrolora.models.stiefel import RETRACTIONS
 from pyrolora.models.tasks import EncodedSplit, Split
 
 
@@ -46,6 +48,10 @@ class SVI:
         warmup: fraction of the steps over which the rates rise linearly; they fall linearly to zero after it.
         max_grad_norm: gradients are clipped to this norm; None for no clipping.
         average: fraction of the last steps whose parameters are averaged into the result; 0 takes the last ones.
+        manifold_step: how factors with orthonormal columns move: ``"retraction"``, ``"landing"`` or ``"landing_scalar"``; see
+            `RiemannianStep`.
+        retraction: ``"polar"``, ``"cholesky_qr"``, ``"qr"``, ``"newton_schulz"`` or ``"cayley"``.
+        landing_penalty: weight of the landing field's attraction to the manifold.
         seed: seeds the start, the order of the data and all draws.
         schedule: which blocks are trained when; None trains all of them in every step.
         checkpoint: folder to keep the state in, or None.
@@ -67,6 +73,9 @@ class SVI:
     warmup: float = field(default=0.06, metadata={"help": "fraction of the steps with rising rates"})
     max_grad_norm: float | None = field(default=None, metadata={"help": "clip gradients to this norm"})
     average: float = field(default=0.0, metadata={"help": "fraction of the last steps that are averaged"})
+    manifold_step: str = field(default="retraction", metadata={"help": ", ".join(STEPS)})
+    retraction: str = field(default="polar", metadata={"help": ", ".join(RETRACTIONS)})
+    landing_penalty: float = field(default=1.0, metadata={"help": "attraction of a landing step to the manifold"})
     seed: int = field(default=0, metadata={"help": "seed of start, data order and draws"})
     schedule: BlockSchedule | None = field(
         default=None, metadata={"help": "which blocks are trained when; None for all"}
@@ -99,6 +108,7 @@ class SVI:
             raise ValueError(
                 f"average is a fraction of the steps in [0, 1); got {self.average}. Try 0.25, or 0 for none."
             )
+        check_settings(self.manifold_step, self.retraction, self.landing_penalty)
         if self.schedule is not None and not isinstance(self.schedule, BlockSchedule):
             raise TypeError(f"The schedule is a {type(self.schedule).__name__}; expected BlockSchedule(...), or None.")
         if self.noise not in SCOPES:
@@ -156,12 +166,18 @@ class SVI:
         """
         return TrainingRun(self, model, data, generator=generator, start=start)
 
+    def guide_for(self, model: BayesianModel, num_data: int) -> GuideSpecification:
+        """The guide of a model with so many training examples: the one that was given."""
+        return self.guide
+
     def to_dict(self) -> dict[str, Any]:
         """Settings, ready for JSON."""
         settings = {key: value for key, value in vars(self).items() if key not in ("guide", "checkpoint")}
         settings["schedule"] = None if self.schedule is None else self.schedule.to_dict()
-        guide = self.guide
+        patterns = self.guide if isinstance(self.guide, Mapping) else None
         settings["guide"] = (
-            guide.to_dict() if isinstance(guide, Family) else {key: value.to_dict() for key, value in guide.items()}
+            self.guide.to_dict()
+            if isinstance(self.guide, Family)
+            else patterns and {key: value.to_dict() for key, value in patterns.items()}
         )
         return {"engine": type(self).__name__, **settings}

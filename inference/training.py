@@ -4,7 +4,7 @@ import copy
 import hashlib
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyrolora.guides import build_guide
+from pyrolora.guides.base import ROLES
 from pyrolora.guides.local import local_weight
 from pyrolora.inference import checkpoint
 from pyrolora.inference.elbo import AnalyticELBO
@@ -24,8 +25,10 @@ from pyrolora.inference.logit_gradients import require_linear
 from pyrolora.inference.noise import TOKEN_SCOPES, NoiseMessenger, TemperMessenger, TokenMessenger
 from pyrolora.inference.optimiser import GuideAdam
 from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.riemannian import RiemannianStep
 from pyrolora.models.active_entries import ActiveEntries
 from pyrolora.models.program import BayesianModel
+from pyrolora.models.stiefel import project
 from pyrolora.models.tasks import EncodedSplit, Split
 from pyrolora.models.trunk import TrunkCache
 
@@ -62,12 +65,13 @@ class TrainingRun:
         self.seed = engine.seed if generator is None else int(torch.randint(2**31, (), generator=generator))
         # a fit before this one may have moved the learned scales, from which guides start
         model.prior.reset_scales()
+        model.calibrate_prior(self.data)
         source = torch.Generator().manual_seed(self.seed)
-        self.guide = build_guide(engine.guide, model, start=start, generator=source)
-        rates = {"loc": engine.learning_rate, "point": engine.learning_rate, "scale": engine.scale_learning_rate}
+        self.guide = build_guide(engine.guide_for(model, len(self.data)), model, start=start, generator=source)
         schedule = engine.schedule
         plan = None if schedule is None else schedule.plan(model.sites, model.backbone, self.seed)
-        self.optimiser = GuideAdam(self.guide, rates, plan)
+        manifold_step = RiemannianStep((), engine.manifold_step, engine.retraction, engine.landing_penalty)
+        self.optimiser = GuideAdam(self.guide, self._rates(), plan, manifold_step)
         self.parameters: list[Tensor] = list(self.optimiser.parameters)
         self.noisy_sites = frozenset(name for name in self.guide.site_names if self._is_noisy(name))
         if engine.noise in TOKEN_SCOPES:
@@ -91,6 +95,10 @@ class TrainingRun:
     def _is_noisy(self, name: str) -> bool:
         factor = dict(self.guide.items())[name]
         return name in self.model.adapter_sites and "scale" in factor.roles.values()
+
+    def _rates(self) -> dict[str, float]:
+        """Peak learning rates, as `GuideAdam` takes them."""
+        return {**dict.fromkeys(ROLES, self.engine.learning_rate), "scale": self.engine.scale_learning_rate}
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with this run for resuming to make sense."""
@@ -162,20 +170,12 @@ class TrainingRun:
         Raises:
             FloatingPointError: loss or gradient is not finite.
         """
-        engine, num_data = self.engine, len(self.data)
+        engine = self.engine
         entries = self.optimiser.activate(self.step)
         self.optimiser.zero_grad()
-        scopes: list[Messenger] = [TemperMessenger(num_data, engine.kl_weight)]
-        if engine.noise == "example" and self.noisy_sites:
-            scopes.append(NoiseMessenger(self.noisy_sites, batch["input_ids"].shape[0]))
-        elif engine.noise in TOKEN_SCOPES and self.noisy_sites:
-            scopes.append(TokenMessenger(self.noisy_sites, engine.noise))
-        run_model, run_guide = self.model.__call__, self.guide.__call__
-        for scope in scopes:
-            run_model, run_guide = scope(run_model), scope(run_guide)
         resting = nullcontext() if entries is None else ActiveEntries(entries)
         with self._seeded_step(), pyro.validation_enabled(False), resting:
-            loss = self.elbo.loss_and_grads(run_model, run_guide, batch, num_data)
+            loss = self._backward(batch)
         grads = self.optimiser.gradients()
         norm = float(nn.utils.get_total_norm(grads))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -184,13 +184,13 @@ class TrainingRun:
             nn.utils.clip_grads_with_norm_(self.optimiser.trained, engine.max_grad_norm, torch.tensor(norm))
         self.consistent = False
         self.optimiser.step(self._rate_factor(self.step))
-        if self.learns_scales and (learned := self.model.prior.scales):
+        if self.learns_scales and (learned := self.model.prior.learned_sites):
             self.model.prior.update_scales(self.guide.second_moments(learned), (self.step + 1) / engine.steps)
         self.step += 1
         self._average()
         nll = self.elbo.terms["label"]
         kl = sum(value for name, value in self.elbo.terms.items() if name != "label") / engine.kl_weight
-        stats = StepStats(self.step, loss, nll, kl, norm)
+        stats = StepStats(self.step, loss, nll, kl, norm, **self.model.diagnostics(self.guide.mean()))
         self.history.append(stats)
         self.consistent = True
         return stats
@@ -203,6 +203,22 @@ class TrainingRun:
             self.averages = [parameter.detach().clone() for parameter in self.parameters]
         elif seen > 1:
             torch._foreach_lerp_(self.averages, self.parameters, 1 / seen)
+
+    def _backward(self, batch: Mapping[str, Tensor]) -> float:
+        """Loss of a batch in nats per example, its gradients in place and its terms in ``self.elbo``."""
+        run_model, run_guide = self._scoped(self.model.__call__, batch), self._scoped(self.guide.__call__, batch)
+        return self.elbo.loss_and_grads(run_model, run_guide, batch, len(self.data))
+
+    def _scoped(self, program: Callable[..., Any], batch: Mapping[str, Tensor]) -> Callable[..., Any]:
+        """A model or guide under this fit's temperature and noise."""
+        scopes: list[Messenger] = [TemperMessenger(len(self.data), self.engine.kl_weight)]
+        if self.engine.noise == "example" and self.noisy_sites:
+            scopes.append(NoiseMessenger(self.noisy_sites, batch["input_ids"].shape[0]))
+        elif self.engine.noise in TOKEN_SCOPES and self.noisy_sites:
+            scopes.append(TokenMessenger(self.noisy_sites, self.engine.noise))
+        for scope in scopes:
+            program = scope(program)
+        return program
 
     def _rate_factor(self, step: int) -> float:
         """Linear rise over the warm-up, then linear fall that would reach zero after the last step."""
@@ -257,6 +273,9 @@ class TrainingRun:
             with torch.no_grad():
                 for mine, copied in zip(self.guide.parameters(), guide.parameters(), strict=True):
                     copied.copy_(averages[id(mine)])
+                # a mean of orthonormal factors is none
+                for point in guide.parameters_by_role()["manifold"]:
+                    point.copy_(project(point))
         return Posterior(self.model, guide, record)
 
 

@@ -8,7 +8,7 @@ import pyro.distributions as dist
 
 from pyrolora.models.covariance import Covariance
 from pyrolora.models.naming import nearest
-from pyrolora.models.priors import Declaration, Flat, Relative, learned
+from pyrolora.models.priors import Declaration, Flat, Relative, learned, logit_scale
 
 
 def _in_floats(family: Any) -> Callable[..., Declaration]:
@@ -23,6 +23,7 @@ def _in_floats(family: Any) -> Callable[..., Declaration]:
 PRIORS: dict[str, Callable[..., Declaration]] = {
     "Flat": Flat,
     "learned": learned,
+    "logit_scale": logit_scale,
     "Relative": Relative,
     "Covariance": Covariance,
     **{family.__name__: _in_floats(family) for family in (dist.Normal, dist.Laplace, dist.StudentT, dist.Cauchy)},

@@ -32,22 +32,29 @@ class LabelHead:
     Args:
         backbone: the frozen network.
         label_ids: token of each class.
+        keep_rows: whether the network's own label rows count; without them all logits are zero until changed.
 
     Shape:
         label_ids ``(classes,)``; returns ``(rows, classes)``.
     """
 
-    def __init__(self, backbone: Backbone, label_ids: Tensor) -> None:
+    def __init__(self, backbone: Backbone, label_ids: Tensor, keep_rows: bool = True) -> None:
         self.backbone = backbone
         self.weight = backbone.label_weight(label_ids).to(backbone.site_dtype)
         bias = getattr(backbone.network.get_output_embeddings(), "bias", None)
         self.bias = None if bias is None else bias[label_ids.to(bias.device)].to(backbone.site_dtype)
+        if not keep_rows:
+            self.weight, self.bias = torch.zeros_like(self.weight), None
 
     def __call__(
         self, batch: Mapping[str, Tensor], label_changes: Sequence[Delta], trunk: Tensor | None, first_block: int
     ) -> Tensor:
         """See `Head`; what ``label_changes`` return is added to the logits."""
         features = self.backbone.features(batch, trunk=trunk, first_block=first_block).to(self.weight.dtype)
+        return self.from_features(features, label_changes)
+
+    def from_features(self, features: Tensor, label_changes: Sequence[Delta] = ()) -> Tensor:
+        """Class logits of features at the answer position, ``(rows, classes)`` from ``(rows, hidden)``."""
         logits = functional.linear(features, self.weight)
         for change in label_changes:
             logits = logits + change(features[:, None])[:, 0]

@@ -2,6 +2,7 @@
 
 import pyro
 import pyro.distributions as dist
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 
@@ -20,7 +21,12 @@ def observe_labels(logits: Tensor, labels: Tensor | None, index: Tensor | None, 
     Shape:
         logits ``(rows, classes)``; labels and index ``(rows,)``; returns ``(rows,)``.
     """
-    rows = logits.shape[0]
+    # -inf logits are legal here and fail torch's argument check, which would also cost a pass a step
+    return observe(dist.Categorical(logits=logits, validate_args=False), labels, index, num_data)
+
+
+def observe(likelihood: TorchDistribution, labels: Tensor | None, index: Tensor | None, num_data: int) -> Tensor:
+    """Sample or observe ``label`` under any likelihood with one batch entry an example; see `observe_labels`."""
+    rows = likelihood.batch_shape[0]
     with pyro.plate("data", size=max(num_data, rows), subsample_size=rows, subsample=index, dim=-1):
-        # -inf logits are legal here and fail torch's argument check, which would also cost a pass a step
-        return pyro.sample("label", dist.Categorical(logits=logits, validate_args=False), obs=labels)
+        return pyro.sample("label", likelihood, obs=labels)

@@ -14,6 +14,7 @@ from torch.distributions.constraints import MixtureSameFamilyConstraint
 from pyrolora.models.covariance import Covariance
 from pyrolora.models.naming import nearest
 from pyrolora.models.sites import Site, SiteTable
+from pyrolora.models.uniform_stiefel import UniformStiefel
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,21 @@ class Flat:
 
 @dataclass(frozen=True)
 class Learned:
-    """A zero-mean Normal prior whose scale is learned per site by empirical Bayes. Made by `learned`."""
+    """A zero-mean Normal prior whose scale is found in training. Made by `learned` and `logit_scale`.
+
+    Attributes:
+        scale: where the scale starts: standard deviation of one weight, or of a logit.
+        strength: weight of its hyper-prior, as a fraction of the number of weights.
+        after: fraction of the training steps before the first update.
+        in_logits: whether ``scale`` is that of a logit at features of average length.
+        fixed: whether it is only converted, never updated.
+    """
 
     scale: float
-    strength: float
-    after: float
+    strength: float = 1.0
+    after: float = 0.5
+    in_logits: bool = False
+    fixed: bool = False
 
     def __post_init__(self) -> None:
         if self.scale <= 0:
@@ -88,6 +99,27 @@ def learned(scale: float, *, strength: float = 1.0, after: float = 0.5) -> Learn
     return Learned(scale, strength, after)
 
 
+def logit_scale(scale: float = 2.0, *, learned: bool = False, strength: float = 1.0, after: float = 0.5) -> Learned:
+    """A zero-mean Normal prior of a last layer, its scale in units of a logit.
+
+    Usage: ``prior={"head.weight": logit_scale(2.0), ...}``.
+
+    A weight gets the standard deviation ``scale / root mean square length of the features``, so that each logit has the prior
+    standard deviation ``scale`` whatever the width of the network and the gain of its last norm. Engines measure the features
+    when they start to fit; until then features of length ``sqrt(their number)`` are assumed.
+
+    Args:
+        scale: prior standard deviation of a logit.
+        learned: whether to update the scale by empirical Bayes from there, see `learned`.
+        strength: see `learned`.
+        after: see `learned`.
+
+    Raises:
+        ValueError: a scale that is not positive, a negative strength, or ``after`` outside [0, 1).
+    """
+    return Learned(scale, strength, after, in_logits=True, fixed=not learned)
+
+
 Declaration: TypeAlias = (
     TorchDistribution | Flat | Learned | Relative | Covariance | Callable[[Site], TorchDistribution]
 )
@@ -126,13 +158,19 @@ class Prior:
     ) -> None:
         self.specification = specification
         patterns = specification if isinstance(specification, Mapping) else {"*": specification}
-        self.declared: dict[str, Declaration] = sites.assign(patterns, "prior")
+        own = {name: site.prior for name, site in sites.items() if site.prior is not None}
+        self.declared: dict[str, Declaration] = sites.assign(patterns, "prior", own)
         self.device, self.dtype = torch.device(device), dtype
         self.scales: dict[str, Tensor] = {}
+        self._centres: dict[str, float] = {}
         self._fixed: dict[str, TorchDistribution] = {}
         for name, declaration in self.declared.items():
-            if isinstance(declaration, Learned):
-                self.scales[name] = torch.tensor(declaration.scale, device=self.device, dtype=dtype)
+            if declaration is sites[name].prior:
+                self._fixed[name] = declaration
+            elif isinstance(declaration, Learned):
+                width = sites[name].shape[-1] ** 0.5 if declaration.in_logits else 1.0
+                self._centres[name] = declaration.scale / width
+                self.scales[name] = torch.tensor(self._centres[name], device=self.device, dtype=dtype)
             elif isinstance(declaration, TorchDistributionMixin):
                 self._fixed[name] = fit_to_site(move(declaration, self.device, dtype), sites[name])
             elif isinstance(declaration, Flat):
@@ -175,9 +213,29 @@ class Prior:
     def reset_scales(self) -> None:
         """Put every learned scale back where it was declared."""
         for name, scale in self.scales.items():
+            scale.fill_(self._centres[name])
+
+    @property
+    def learned_sites(self) -> tuple[str, ...]:
+        """Names of the sites whose scale `update_scales` moves."""
+        return tuple(name for name, entry in self.declared.items() if isinstance(entry, Learned) and not entry.fixed)
+
+    @property
+    def in_logit_units(self) -> tuple[str, ...]:
+        """Names of the sites whose scale was declared in units of a logit."""
+        return tuple(name for name, entry in self.declared.items() if isinstance(entry, Learned) and entry.in_logits)
+
+    def calibrate(self, mean_square: float) -> None:
+        """Convert scales in units of a logit, and put them there.
+
+        Args:
+            mean_square: mean squared length of the features.
+        """
+        for name in self.in_logit_units:
             declaration = self.declared[name]
             if isinstance(declaration, Learned):
-                scale.fill_(declaration.scale)
+                self._centres[name] = declaration.scale / mean_square**0.5
+                self.scales[name].fill_(self._centres[name])
 
     def set_scales(self, scales: Mapping[str, float]) -> None:
         """Move learned scales to given values, as an engine does that finds them by the evidence."""
@@ -185,18 +243,19 @@ class Prior:
             self.scales[name].fill_(scale)
 
     def update_scales(self, second_moments: Mapping[str, Tensor], progress: float) -> None:
-        """Closed-form empirical-Bayes step for every learned scale.
+        """Closed-form empirical-Bayes step for the learned scales of some sites.
 
         Args:
-            second_moments: site name -> mean over the site's weights of E_q[w^2].
+            second_moments: site name -> mean over the site's weights of E_q[w^2]; scales of other sites stay as they are.
             progress: fraction of the training steps done; sites whose ``after`` lies beyond it stay as they are.
         """
-        for name, scale in self.scales.items():
-            declaration = self.declared[name]
-            if isinstance(declaration, Learned) and progress >= declaration.after:
-                pooled = declaration.strength * declaration.scale**2 + second_moments[name]
+        for name in self.learned_sites:
+            declaration, scale = self.declared[name], self.scales[name]
+            if isinstance(declaration, Learned) and progress >= declaration.after and name in second_moments:
+                centre = self._centres[name]
+                pooled = declaration.strength * centre**2 + second_moments[name]
                 # all means may collapse when nothing holds the scale up; a Normal of no width would then be NaN
-                scale.copy_((pooled / (declaration.strength + 1)).sqrt().clamp_min(1e-4 * declaration.scale))
+                scale.copy_((pooled / (declaration.strength + 1)).sqrt().clamp_min(1e-4 * centre))
 
     def to_dict(self) -> dict[str, Any]:
         """Site name -> JSON description. A callable is recorded as such and cannot be rebuilt from it."""
@@ -209,10 +268,15 @@ class Prior:
         Raises:
             ValueError: the prior was a callable, or names an unknown distribution.
         """
-        return {name: _rebuild(name, entry) for name, entry in description.items()}
+        # a site on a manifold brings its uniform prior with it
+        declared = {name: entry for name, entry in description.items() if entry["prior"] != "UniformStiefel"}
+        return {name: _rebuild(name, entry) for name, entry in declared.items()}
 
 
 def _flat(site: Site) -> TorchDistribution:
+    # on a compact manifold what is constant is proper
+    if site.prior is not None:
+        return site.prior
     return dist.ImproperUniform(dist.constraints.real, torch.Size(), site.shape)
 
 
@@ -234,6 +298,13 @@ def fit_to_site(declared: TorchDistribution, site: Site) -> TorchDistribution:
             f"{tuple(site.shape)} ({', '.join(site.dims)}). A scalar distribution such as Normal(0., 0.2) always does."
         )
     support = declared.support
+    if site.prior is not None:
+        if support == site.prior.support and not declared.batch_shape:
+            return declared
+        raise ValueError(
+            f"The prior of {site.name!r} is a {type(declared).__name__} with support {support}; the site lives on "
+            f"{site.support}. Leave it out of the patterns, and it keeps its {type(site.prior).__name__} prior."
+        )
     base = support
     while isinstance(base, dist.constraints.independent | MixtureSameFamilyConstraint):
         base = base.base_constraint
@@ -278,12 +349,16 @@ def _parameters(declared: TorchDistribution) -> dict[str, Tensor]:
 def _describe(declaration: Declaration) -> dict[str, Any]:
     if isinstance(declaration, Flat):
         return {"prior": "Flat"}
+    if isinstance(declaration, UniformStiefel):
+        return {"prior": "UniformStiefel", "shape": list(declaration.event_shape)}
     if isinstance(declaration, Covariance):
         return {"prior": "Covariance", **vars(declaration)}
     if isinstance(declaration, Relative):
         return {"prior": "Relative", "ratio": declaration.ratio}
     if isinstance(declaration, Learned):
-        settings = {"scale": declaration.scale, "strength": declaration.strength, "after": declaration.after}
+        settings: dict[str, Any] = {key: getattr(declaration, key) for key in ("scale", "strength", "after")}
+        if declaration.in_logits:
+            return {"prior": "logit_scale", **settings, "learned": not declaration.fixed}
         return {"prior": "learned", **settings}
     if isinstance(declaration, dist.Independent):
         return {**_describe(declaration.base_dist), "to_event": declaration.reinterpreted_batch_ndims}
@@ -307,6 +382,8 @@ def _rebuild(site: str, entry: Mapping[str, Any]) -> Declaration:
         return Relative(entry["ratio"])
     if kind == "learned":
         return Learned(entry["scale"], entry["strength"], entry["after"])
+    if kind == "logit_scale":
+        return logit_scale(**{key: value for key, value in entry.items() if key != "prior"})
     if kind == "callable":
         raise ValueError(
             f"The prior of {site!r} was the callable {entry['name']!r}, which a file cannot hold. "

@@ -23,6 +23,9 @@ from pyrolora.models.priors import Prior, PriorSpecification
 from pyrolora.models.sites import Site, SiteTable
 from pyrolora.models.tasks import EncodedSplit, Split, Task, encode
 
+# features whose mean square length calibrates a prior in logit units, and how many of them at once
+CALIBRATION_ROWS, CALIBRATION_BATCH = 256, 32
+
 # what a batch may hold besides tensors with one row an example
 ROW_KEYS = (
     "input_ids", "attention_mask", "position_ids", "segment_ids", "scored", "option_mask", "option_lengths", "trunk",
@@ -76,10 +79,15 @@ class BayesianModel:
         self.task = task
         self.adapters = _as_adapters(adapter)
         self.max_length = max_length
+        self._mean_square: float | None = None
         self.num_data = len(task.train) if num_data is None else num_data
         label_ids = task.format.label_ids(backbone.tokenizer) if task.format.kind == "label" else None
         self.head: LabelHead | OptionHead = (
-            OptionHead(backbone) if label_ids is None else LabelHead(backbone, torch.as_tensor(label_ids))
+            OptionHead(backbone)
+            if label_ids is None
+            else LabelHead(
+                backbone, torch.as_tensor(label_ids), all(adapter.keeps_label_rows for adapter in self.adapters)
+            )
         )
         self.label_ids: tuple[int, ...] = () if label_ids is None else tuple(label_ids)
         self.classes = None if label_ids is None else len(label_ids)
@@ -230,6 +238,13 @@ class BayesianModel:
         rows = self.num_data if num_data is None else num_data
         return observe_labels(logits, labels, None if index is None else index.to(logits.device), rows)
 
+    def diagnostics(self, draw: Mapping[str, Tensor]) -> dict[str, float]:
+        """What the adapters record of a draw at every training step; empty for most."""
+        figures: dict[str, float] = {}
+        for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
+            figures.update(adapter.diagnostics(sites, draw))
+        return figures
+
     def deltas(self, draw: Mapping[str, Tensor]) -> dict[str, Delta]:
         """What a draw adds to the output of each adapted projection; see `Adapter.deltas`."""
         values = {**self.constants, **draw}
@@ -246,12 +261,52 @@ class BayesianModel:
         Shape:
             ``(rows, classes)``
         """
-        values = {**self.constants, **draw}
-        changes = (adapter.label_change(values) for adapter in self.adapters)
-        label_changes = [change for change in changes if change is not None]
         self.backbone.bind(self.deltas(draw))
         trunk = batch.get("trunk")
-        return self.head(batch, label_changes, trunk, self.first_block if trunk is not None else 0)
+        return self.head(batch, self._label_changes(draw), trunk, self.first_block if trunk is not None else 0)
+
+    def features(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Tensor:
+        """What the label rows are multiplied with, under a draw of the sites inside the network.
+
+        Args:
+            batch: as `row_logits` takes it.
+            draw: site name -> value; sites of the last layer play no part and may be missing.
+
+        Shape:
+            ``(rows, hidden)``, in the sites' float type
+        """
+        self.backbone.bind(self.deltas(draw))
+        trunk = batch.get("trunk")
+        first_block = self.first_block if trunk is not None else 0
+        return self.backbone.features(batch, trunk=trunk, first_block=first_block).to(self.backbone.site_dtype)
+
+    def feature_logits(self, features: Tensor, draw: Mapping[str, Tensor]) -> Tensor:
+        """Class logits from `features`, under a draw of the sites of the last layer.
+
+        Shape:
+            ``(rows, classes)``
+
+        Raises:
+            ValueError: the task scores options and has no label rows.
+        """
+        if not isinstance(self.head, LabelHead):
+            raise ValueError(
+                f"The task {self.task.name!r} scores options, so its logits are no function of one feature vector. Use a "
+                "task with label words or letters."
+            )
+        return self.head.from_features(features, self._label_changes(draw))
+
+    @property
+    def label_adapters(self) -> tuple[Adapter, ...]:
+        """The adapters that change the class logits themselves, not only what lies below them."""
+        zero = torch.zeros((), device=self.backbone.device, dtype=self.backbone.site_dtype)
+        values = {name: zero.expand(site.shape) for name, site in self.adapter_sites.items()}
+        return tuple(one for one in self.adapters if one.label_change({**self.constants, **values}) is not None)
+
+    def _label_changes(self, draw: Mapping[str, Tensor]) -> list[Delta]:
+        values = {**self.constants, **draw}
+        changes = [adapter.label_change(values) for adapter in self.adapters]
+        return [change for change in changes if change is not None]
 
     def logits(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Tensor:
         """Class logits of every row under every draw, all draws on the batch axis, the trunk run once.
@@ -284,6 +339,25 @@ class BayesianModel:
     def release(self) -> None:
         """Forget the bound draw and the graph it holds."""
         self.backbone.release()
+
+    @torch.no_grad()
+    def calibrate_prior(self, data: EncodedSplit) -> None:
+        """Turn prior scales declared in units of a logit into scales of weights; nothing happens without such priors.
+
+        Uses the pretrained network's features of at most `CALIBRATION_ROWS` examples, found once.
+        """
+        names = self.prior.in_logit_units
+        if not names:
+            return
+        if self._mean_square is None:
+            start, total, rows = self.initial(torch.Generator().manual_seed(0)), 0.0, 0
+            chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:CALIBRATION_ROWS].tolist()
+            for first in range(0, len(chosen), CALIBRATION_BATCH):
+                features = self.features(data.batch(chosen[first : first + CALIBRATION_BATCH]), start)
+                total, rows = total + float(features.square().sum()), rows + len(features)
+            self.release()
+            self._mean_square = total / rows
+        self.prior.calibrate(self._mean_square)
 
     def encode(self, data: Split | EncodedSplit) -> EncodedSplit:
         """Tokenise a split with this model's prompt; an encoded split passes through.

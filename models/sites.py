@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import TypeVar
 
 import torch
+from pyro.distributions import TorchDistribution
 from torch.distributions import constraints
 
 from pyrolora.models.naming import nearest
@@ -27,6 +28,8 @@ class Site:
         layers: number of the transformer block of each entry of the first dimension.
         support: constraint that a value satisfies.
         hyper: whether a prior samples it, rather than an adapter.
+        prior: of a site on a manifold, the prior that it has unless another one over its support is declared; such a site
+            is a point unless a pattern gives it a guide.
         linear: whether every entry acts as the weight of one linear map and nothing else, which linearised predictions,
             curvature and noise for each token need.
     """
@@ -39,6 +42,7 @@ class Site:
     layers: tuple[int, ...] = ()
     support: constraints.Constraint = field(default=constraints.real, compare=False)
     hyper: bool = False
+    prior: TorchDistribution | None = field(default=None, compare=False)
     linear: bool = True
 
     @property
@@ -94,12 +98,16 @@ class SiteTable(Mapping[str, Site]):
         """Sites whose name matches a glob pattern, case-sensitively; possibly none."""
         return [site for site in self._sites.values() if site.matches(pattern)]
 
-    def assign(self, patterns: Mapping[str, Value], what: str) -> dict[str, Value]:
+    def assign(
+        self, patterns: Mapping[str, Value], what: str, defaults: Mapping[str, Value] | None = None
+    ) -> dict[str, Value]:
         """Give every site exactly one value of a ``{glob pattern: value}`` mapping.
 
         Args:
-            patterns: the mapping, such as ``{"*.lora_A": Normal(0, 1), "*.lora_B": Flat()}``.
+            patterns: the mapping, such as ``{"*.lora_A": Normal(0, 1), "*.lora_B": Flat()}``; a pattern
+                that matches sites with and without a default is meant for those without.
             what: what is being assigned ("prior", "guide"), for the error message.
+            defaults: site name -> value of a site that no pattern needs to match.
 
         Returns:
             Site name -> value, in site order.
@@ -108,8 +116,11 @@ class SiteTable(Mapping[str, Site]):
             ValueError: a pattern matches no site, two patterns match one site, or a site is left without a value.
         """
         assigned: dict[str, tuple[str, Value]] = {}
+        defaults = defaults or {}
         for pattern, value in patterns.items():
             matched = self.matching(pattern)
+            # what also matches ordinary sites is meant for those
+            matched = [site for site in matched if site.name not in defaults] or matched
             if not matched:
                 raise ValueError(
                     f"The {what} pattern {pattern!r} matches no site. Did you mean {nearest(pattern, self)!r}? "
@@ -122,6 +133,7 @@ class SiteTable(Mapping[str, Site]):
                         f"{pattern!r}. Make one of them narrower."
                     )
                 assigned[site.name] = (pattern, value)
+        assigned = {**{name: ("", value) for name, value in defaults.items()}, **assigned}
         missing = [name for name in self if name not in assigned]
         if missing:
             near = nearest(missing[0], patterns)

@@ -151,7 +151,10 @@ class Cell:
     def model(self, backbone: Backbone, data: Task) -> BayesianModel:
         """The method's model: the experiment's adapter and its own, under its prior."""
         method = self.config.method(self.name)
-        adapters = [declared(text, Adapter.registered, "adapter") for text in (self.config.adapter, *method.adapters)]
+        adapters = [
+            declared(text, Adapter.registered, "adapter")
+            for text in (method.adapter or self.config.adapter, *method.adapters)
+        ]
         return BayesianModel(backbone, data, adapter=adapters, prior=declared_prior(method.prior))
 
     def posterior(self, backbone: Backbone, data: Task, fitted: dict[str, Posterior], progress: bool) -> Posterior:

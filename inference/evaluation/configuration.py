@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ class ExperimentConfig:
             method = METHODS[name]
         elif plus and suffix == TEMPERATURE:
             scaled = self._method(other, (*above, name))
-            method = Method("TemperatureScaling", prior=scaled.prior, adapters=scaled.adapters, estimate=other)
+            method = replace(scaled, engine="TemperatureScaling", guide=None, settings={}, estimate=other)
         elif "engine" in changes:
             method = Method.of_engine(changes.pop("engine"))
         elif like is not None:

@@ -8,9 +8,11 @@ from pyrolora.guides.base import Family
 from pyrolora.inference.evaluation.temperature import TemperatureScaling
 from pyrolora.inference.laplace import Laplace
 from pyrolora.inference.map import MAP
+from pyrolora.inference.nuts import NUTS
 from pyrolora.inference.released import ReleasedBLoB
 from pyrolora.inference.schedules import SCHEDULES
 from pyrolora.inference.svi import SVI
+from pyrolora.inference.vbll import VBLL
 from pyrolora.models.declarations import declared
 from pyrolora.models.naming import nearest
 
@@ -19,6 +21,8 @@ ENGINES = {
     "SVI": SVI,
     "ReleasedBLoB": ReleasedBLoB,
     "Laplace": Laplace,
+    "VBLL": VBLL,
+    "NUTS": NUTS,
     "TemperatureScaling": TemperatureScaling,
 }
 
@@ -28,6 +32,12 @@ NARROW = "Normal(0, 0.05)"
 COLD = {"steps": 150, "kl_weight": 0.01}
 # for points: under the narrow one 300 examples cannot hold A up, and accuracy falls with it
 WIDE = "Normal(0, 1)"
+# sites inside the network, whatever the adapter: all but head.weight
+INSIDE = "*[!d].*"
+LAST_LAYER = {INSIDE: WIDE, "head.weight": "logit_scale(2)"}
+PAPER = {"objective": "jensen", "mode": "joint", "refit": "none"}
+# orthonormal factors have small entries: a rate ten times LoRA's, as PoLAR's release uses
+FAST = {"learning_rate": 1e-2}
 
 
 @dataclass(frozen=True)
@@ -35,12 +45,14 @@ class Method:
     """One row of a comparison, as text and numbers that a YAML file can hold.
 
     Attributes:
-        engine: ``"MAP"``, ``"SVI"``, ``"Laplace"``, ``"TemperatureScaling"``, or ``"none"`` for the pretrained model.
+        engine: ``"MAP"``, ``"SVI"``, ``"ReleasedBLoB"``, ``"Laplace"``, ``"VBLL"``, ``"NUTS"``, ``"TemperatureScaling"``, or
+            ``"none"`` for the pretrained model.
         prior: declaration of the prior, or ``{glob pattern: declaration}``.
-        guide: declaration of the guide, or ``{glob pattern: declaration}``; for SVI only.
+        guide: declaration of the guide, or ``{glob pattern: declaration}``; for SVI and VBLL.
         settings: settings of the engine.
         adapters: declarations of adapters added to the experiment's own.
-        estimate: another method whose posterior this one starts from (Laplace, TemperatureScaling).
+        adapter: declaration of an adapter in place of the experiment's own.
+        estimate: another method whose posterior this one starts from (Laplace, VBLL, NUTS, TemperatureScaling).
     """
 
     engine: str
@@ -48,6 +60,7 @@ class Method:
     guide: str | Mapping[str, str] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     adapters: tuple[str, ...] = ()
+    adapter: str | None = None
     estimate: str | None = None
 
     @classmethod
@@ -109,7 +122,8 @@ class Method:
         settings = {**self.settings, **more}
         defaults = ENGINES[self.engine]()
         for key, value in self.settings.items():
-            number = isinstance(getattr(defaults, key, None), int | float)
+            default = getattr(defaults, key, None)
+            number = isinstance(default, int | float) and not isinstance(default, bool)
             if number and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise ValueError(f"The setting {key!r} of {self.engine} is a number; got {value!r}.")
         if isinstance(schedule := settings.get("schedule"), str):
@@ -140,11 +154,28 @@ METHODS: dict[str, Method] = {
     "laplace_kron": Method("Laplace", settings={"structure": "kron", "precision": "validation"}, estimate="map"),
     "laplace_last_layer": Method(
         "Laplace",
-        prior={"*.lora_*": WIDE, "head.weight": "Normal(0, 0.1)"},
+        prior={INSIDE: WIDE, "head.weight": "Normal(0, 0.1)"},
         settings={"structure": "last_layer", "precision": "validation"},
         adapters=("LastLayer()",),
+    ),
+    "vbll": Method("VBLL", prior=LAST_LAYER, adapters=("LastLayer()",)),
+    "vbll_paper": Method(
+        "VBLL", prior=LAST_LAYER, guide="BlockCovariance()", settings=PAPER, adapters=("LastLayer()",)
+    ),
+    "vbll_on_map": Method("VBLL", prior=LAST_LAYER, adapters=("LastLayer()",), estimate="map"),
+    "nuts_last_layer": Method("NUTS", prior=LAST_LAYER, adapters=("LastLayer()",), estimate="map"),
+    "polar_mle": Method("MAP", prior="Flat()", settings=FAST, adapter="PoLAR()"),
+    "polar_map": Method("MAP", settings=FAST, adapter="PoLAR()"),
+    "polar_vbll": Method("VBLL", prior=LAST_LAYER, settings=FAST, adapters=("LastLayer()",), adapter="PoLAR()"),
+    "polar_vbll_paper": Method(
+        "VBLL",
+        prior=LAST_LAYER,
+        guide="BlockCovariance()",
+        settings=FAST | PAPER,
+        adapters=("LastLayer()",),
+        adapter="PoLAR()",
     ),
 }
 
 # whose prior and settings a new method of an engine starts from
-USUAL = {"MAP": "map", "SVI": "blob", "Laplace": "laplace"}
+USUAL = {"MAP": "map", "SVI": "blob", "Laplace": "laplace", "VBLL": "vbll", "NUTS": "nuts_last_layer"}

@@ -144,6 +144,9 @@ class Laplace:
         _check_priors(structures, priors, self.structure)
         encoded = model.encode(data)
         encoded.require_trainable()
+        if estimate is not None and model.prior.in_logit_units:
+            model.calibrate_prior(encoded)
+            priors = declared_prior(model, names)
         if estimate is None:
             estimate = self._estimate(model, encoded, names, progress, generator)
             # a learned scale has moved during the fit
@@ -216,7 +219,12 @@ class Laplace:
 
     def _names(self, model: BayesianModel) -> tuple[str, ...]:
         pattern = self.sites or ("head.weight" if self.structure == "last_layer" else "*")
-        names = tuple(site.name for site in model.adapter_sites.values() if site.matches(pattern))
+        # a site on a manifold is a point unless it is asked for by name
+        names = tuple(
+            site.name
+            for site in model.adapter_sites.values()
+            if site.matches(pattern) and (site.prior is None or self.sites is not None)
+        )
         if not names:
             remedy = (
                 " Add LastLayer() to the model's adapters."

@@ -122,6 +122,15 @@ class Adapter(ABC):
         """
         return None
 
+    @property
+    def keeps_label_rows(self) -> bool:
+        """Whether the network's own label rows play a part in the class logits."""
+        return True
+
+    def diagnostics(self, sites: Sequence[Site], draw: Mapping[str, Tensor]) -> dict[str, float]:
+        """Figures of a draw that training records at every step, such as how far factors are from orthonormal."""
+        return {}
+
     def to_dict(self) -> dict[str, Any]:
         """Hyper-parameters and the adapter's name under ``"adapter"``, ready for JSON."""
         return {"adapter": type(self).__name__, **asdict(self)}

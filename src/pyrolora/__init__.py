@@ -1,20 +1,34 @@
 """Bayesian low-rank adapters for transformers, written as Pyro programs."""
 
-from pyrolora.guides import BLoB, FullCovariance, LowRank, MeanField, Point, build_guide
+from pyrolora.guides import (
+    BLoB,
+    BlockCovariance,
+    FullCovariance,
+    LowRank,
+    LowRankPrecision,
+    MatrixNormal,
+    MeanField,
+    Point,
+    build_guide,
+)
 from pyrolora.inference.engine import Engine, StepStats
 from pyrolora.inference.evaluation import Report, evaluate
+from pyrolora.inference.evaluation.gold import compare_to_gold
+from pyrolora.inference.features import FeatureCache
 from pyrolora.inference.laplace import Laplace, LaplacePosterior
 from pyrolora.inference.map import MAP
+from pyrolora.inference.nuts import NUTS
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.predictive import Predictive
 from pyrolora.inference.released import ReleasedBLoB
 from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.svi import SVI
-from pyrolora.models.adapters import S2FT, Adapter, CorDA, FullRank, LastLayer, LoRA, PiSSA, QPiSSA
+from pyrolora.inference.vbll import VBLL
+from pyrolora.models.adapters import S2FT, Adapter, CorDA, FullRank, LastLayer, LoRA, PiSSA, PoLAR, QPiSSA
 from pyrolora.models.backbones import Backbone, load_backbone
 from pyrolora.models.covariance import Covariance
 from pyrolora.models.moments import SecondMoments, second_moments
-from pyrolora.models.priors import Flat, Relative, learned
+from pyrolora.models.priors import Flat, Relative, learned, logit_scale
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.serving import Served, merged
 from pyrolora.models.sites import Site
@@ -24,16 +38,20 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MAP",
+    "NUTS",
     "S2FT",
     "SVI",
+    "VBLL",
     "Adapter",
     "BLoB",
     "Backbone",
     "BayesianModel",
+    "BlockCovariance",
     "BlockSchedule",
     "CorDA",
     "Covariance",
     "Engine",
+    "FeatureCache",
     "Flat",
     "FullCovariance",
     "FullRank",
@@ -42,8 +60,11 @@ __all__ = [
     "LastLayer",
     "LoRA",
     "LowRank",
+    "LowRankPrecision",
+    "MatrixNormal",
     "MeanField",
     "PiSSA",
+    "PoLAR",
     "Point",
     "Posterior",
     "Predictive",
@@ -56,9 +77,11 @@ __all__ = [
     "Site",
     "StepStats",
     "build_guide",
+    "compare_to_gold",
     "evaluate",
     "learned",
     "load_backbone",
+    "logit_scale",
     "merged",
     "second_moments",
     "task",

@@ -43,7 +43,7 @@ Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, o
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 AdapterName = Annotated[
     str | None,
-    typer.Option("--adapter", help="lora, pissa, corda, s2ft, full_rank, or a declaration: 'PiSSA(rank=16)'."),
+    typer.Option("--adapter", help="lora, polar, pissa, corda, s2ft, full_rank, or a declaration: 'PiSSA(rank=16)'."),
 ]
 Schedule = Annotated[
     str | None,

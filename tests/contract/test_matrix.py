@@ -15,13 +15,15 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyrolora.guides import BLoB, FullCovariance, KroneckerNormal, LowRank, MeanField, Point
+from pyrolora.guides import BLoB, BlockCovariance, FullCovariance, KroneckerNormal, LowRank, MeanField, Point
 from pyrolora.inference.laplace import Laplace
 from pyrolora.inference.map import MAP
+from pyrolora.inference.nuts import NUTS
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.svi import SVI
-from pyrolora.models.adapters import S2FT, CorDA, FullRank, LastLayer, LoRA, PiSSA
+from pyrolora.inference.vbll import VBLL
+from pyrolora.models.adapters import S2FT, CorDA, FullRank, LastLayer, LoRA, PiSSA, PoLAR
 from pyrolora.models.priors import Flat, learned
 
 STEPS = 2
@@ -29,6 +31,7 @@ ADAPTERS = {
     "LoRA": (LoRA(rank=2),),
     "LoRA+LastLayer": (LoRA(rank=2), LastLayer()),
     "LastLayer": (LastLayer(),),
+    "PoLAR+LastLayer": (PoLAR(rank=2), LastLayer()),
     "PiSSA": (PiSSA(rank=2, iterations=4),),
     "PiSSA fixed_B": (PiSSA(rank=2, form="fixed_B"),),
     "PiSSA subspace": (PiSSA(rank=2, form="subspace"),),
@@ -51,6 +54,9 @@ ENGINES = {
         structure="kron_lowrank", rank=3, estimate=MAP(steps=STEPS, noise=noise)
     ),
     "Laplace last_layer": lambda noise: Laplace(structure="last_layer", estimate=MAP(steps=STEPS, noise=noise)),
+    "VBLL": lambda noise: VBLL(steps=STEPS, noise=noise),
+    "VBLL joint": lambda noise: VBLL(guide=BlockCovariance(), mode="joint", refit="none", steps=STEPS, noise=noise),
+    "NUTS": lambda noise: NUTS(draws=20, warmup=10, chains=2),
 }
 NO_TOKEN_NOISE = r"There is no noise='\w+' for a \w+"
 # (engine, adapter) or (engine, noise) -> a part of the sentence that says why not
@@ -60,7 +66,8 @@ REFUSED = {
     **{("SVI LowRank", noise): NO_TOKEN_NOISE for noise in ("token", "flipout")},
     ("SVI KroneckerNormal", "flipout"): NO_TOKEN_NOISE,
     **{
-        ("Laplace last_layer", name): r"Add LastLayer\(\) to the model's adapters"
+        (engine, name): r"Add LastLayer\(\) to the model's adapters"
+        for engine in ("Laplace last_layer", "VBLL", "VBLL joint", "NUTS")
         for name in ADAPTERS
         if "Last" not in name
     },
@@ -71,6 +78,7 @@ REFUSED = {
         ): r"'embed_tokens.weight' is not a stack of weights of linear maps"
         for structure in ("diag", "kron", "kron_lowrank")
     },
+    ("SVI BLoB", "PoLAR+LastLayer"): r"BLoB makes sites that match",
     **{
         ("SVI BLoB", name): r"name the sites, as in BLoB\(sites='head.weight'\)"
         for name in ("LastLayer", "S2FT", "FullRank", "FullRank+embeddings")
@@ -172,7 +180,7 @@ def test_it_works_or_says_why_not(make, tmp_path, engine, adapter, noise, dtype,
 
 
 # engines that optimise step by step take a schedule; posteriors that tie layers together refuse it
-SCHEDULED = [name for name in ENGINES if name.startswith(("MAP", "SVI"))]
+SCHEDULED = [name for name in ENGINES if name.startswith(("MAP", "SVI", "VBLL"))]
 
 
 @pytest.mark.parametrize("engine", SCHEDULED)
@@ -207,8 +215,8 @@ def test_every_prior_works_or_says_why_not(make, tmp_path, engine, prior):
     def fit():
         return ENGINES[engine]("example").fit(model, model.task.train, progress=False)
 
-    if engine.startswith("Laplace") and not isinstance(prior, type(learned(0.1))):
-        with pytest.raises(ValueError, match="Laplace needs a Normal prior"):
+    if engine.startswith(("Laplace", "VBLL", "NUTS")) and not isinstance(prior, type(learned(0.1))):
+        with pytest.raises(ValueError, match="needs a Normal prior"):
             fit()
         return
     check_contract(model, fit(), tmp_path / "posterior")

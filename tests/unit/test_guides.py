@@ -96,7 +96,7 @@ class TestEveryFamily:
     def test_roles_divide_the_parameters_among_learning_rates(self, model, family):
         guide = build_guide(family, model)
         by_role = guide.parameters_by_role()
-        assert set(by_role) == {"loc", "scale", "point"}
+        assert set(by_role) == {"loc", "scale", "point", "manifold"}
         assert sorted(id(parameter) for role in by_role.values() for parameter in role) == sorted(
             map(id, guide.parameters())
         )

@@ -1,0 +1,225 @@
+"""The optimum of a factorised Gaussian posterior of a last layer, by damped natural-gradient steps."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyrolora.guides.vbll import LogitMoments
+from pyrolora.inference.last_layer import HeadData
+
+logger = logging.getLogger(__name__)
+
+# expected log-likelihood of labels under Gaussian logits, such as `Objective`
+Likelihood = Callable[[LogitMoments, Tensor], Tensor]
+Complete = Callable[[LogitMoments, Tensor], LogitMoments]
+# halvings of a step that does not lower the loss
+MOST_HALVINGS = 30
+
+
+@dataclass(frozen=True)
+class Whitened:
+    """A last layer in coordinates where the prior is standard Normal and only the span of the data is left.
+
+    A weight row is ``loc + scale * (basis @ u + rest)``; the rest is standard Normal whatever the data say.
+
+    Attributes:
+        loc: prior mean, ``(rows, columns)``.
+        scale: prior standard deviation of every weight.
+        basis: orthonormal columns, ``(columns, span)``.
+        inputs: the data's coordinates, ``(examples, span)``.
+        offset: logits at the prior mean, ``(examples, rows)`` without the fixed part.
+    """
+
+    loc: Tensor
+    scale: float
+    basis: Tensor
+    inputs: Tensor
+    offset: Tensor
+
+    @staticmethod
+    def of(data: HeadData, loc: Tensor, scale: Tensor) -> "Whitened":
+        """Whiten by a prior with one standard deviation for all weights.
+
+        Raises:
+            ValueError: several standard deviations, or one that is not positive.
+        """
+        first = float(scale.flatten()[0])
+        if not bool((scale == scale.flatten()[0]).all()):
+            raise ValueError(
+                "The prior of head.weight has several standard deviations; this engine needs one for all weights. Declare "
+                "logit_scale(2.0) or dist.Normal(0., 0.1) there."
+            )
+        if not first > 0:
+            raise ValueError(f"The prior scale of head.weight must be positive; got {first}. Try logit_scale(2.0).")
+        loc, scaled = loc.to(data.inputs), first * data.inputs
+        examples, columns = scaled.shape
+        if examples < columns:
+            basis, values, _ = torch.linalg.svd(scaled.mT, full_matrices=False)
+            basis = basis[:, values > 1e-10 * values[0]]
+        else:
+            basis = torch.eye(columns).to(scaled)
+        return Whitened(loc, first, basis, scaled @ basis, data.inputs @ loc.mT)
+
+
+@dataclass(frozen=True)
+class GaussianRows:
+    """Independent Normals over the whitened rows: mean, and data weights that make up the precision.
+
+    Attributes:
+        mean: ``(rows, span)``.
+        curvature: l in ``precision = I + sum_n l_n x_n x_n'``, ``(examples, rows)``.
+    """
+
+    mean: Tensor
+    curvature: Tensor
+
+    def roots(self, inputs: Tensor) -> Tensor:
+        """Lower Cholesky factors of the precisions, ``(rows, span, span)``."""
+        span = inputs.shape[-1]
+        precision = inputs.mT @ (self.curvature.mT[..., None] * inputs)
+        return torch.linalg.cholesky(precision + torch.eye(span).to(inputs))
+
+
+@dataclass(frozen=True)
+class _State:
+    rows: GaussianRows
+    roots: Tensor
+    loss: float
+    slope: Tensor
+    curvature: Tensor
+
+
+def optimum(
+    data: HeadData,
+    white: Whitened,
+    complete: Complete,
+    objective: Likelihood,
+    *,
+    steps: int = 60,
+    tolerance: float = 1e-10,
+    polish_steps: int = 1000,
+    start: GaussianRows | None = None,
+) -> tuple[GaussianRows, float]:
+    """Minimise ``KL - sum_n objective_n`` over Normals that factorise over rows; the loss never rises.
+
+    A step of length r is ``l <- (1 - r) l + r w`` and ``mean <- mean + r S (X' g - mean)``, with g the gradient of the
+    objective in the logit mean and w minus twice that in its variance. For a Gaussian likelihood one full step is exact.
+
+    Source: Khan and Rue, "The Bayesian Learning Rule", 2023; Opper and Archambeau, "The variational Gaussian approximation
+    revisited", 2009, for the N weights that hold the covariance.
+
+    Args:
+        data: the data.
+        white: the same in whitened coordinates.
+        complete: adds the fixed part of the logits, see `LastLayerHead.complete`.
+        objective: what to maximise; ``"mc"`` with common random numbers.
+        steps: natural-gradient steps at most.
+        tolerance: relative decrease of the loss at which to stop.
+        polish_steps: L-BFGS steps at most, where the others have not converged: Jensen's bound has a direction, the shift of
+            all classes, along which natural gradients crawl.
+        start: where to start; the prior by default.
+
+    Returns:
+        The optimum and its loss in nats.
+    """
+    rows, examples = white.loc.shape[0], len(data)
+    zero = data.inputs.new_zeros
+    first = start or GaussianRows(zero(rows, white.inputs.shape[-1]), zero(examples, rows))
+    state, length, small = _evaluate(data, white, complete, objective, first), 1.0, 0
+    taken = 0
+    for taken in range(1, steps + 1):  # noqa: B007 - reported below
+        for _ in range(MOST_HALVINGS):
+            tried = _evaluate(data, white, complete, objective, _moved(white, state, length))
+            if tried.loss <= state.loss:
+                break
+            length /= 2
+        else:
+            break
+        decrease, state = state.loss - tried.loss, tried
+        length = min(1.0, 2 * length)
+        small = small + 1 if decrease < tolerance * (1 + abs(state.loss)) else 0
+        if small == 3:
+            break
+    else:
+        if polish_steps:
+            state = _polish(data, white, complete, objective, state, polish_steps, tolerance)
+    logger.debug("natural gradient: %d steps, loss %.6f", taken, state.loss)
+    return state.rows, state.loss
+
+
+def _polish(
+    data: HeadData,
+    white: Whitened,
+    complete: Complete,
+    objective: Likelihood,
+    state: _State,
+    steps: int,
+    tolerance: float,
+) -> _State:
+    """L-BFGS over the same means and data weights, the weights in logarithm."""
+    mean = state.rows.mean.clone().requires_grad_()
+    log_curvature = state.rows.curvature.clamp_min(1e-12).log().requires_grad_()
+    optimiser = torch.optim.LBFGS(
+        (mean, log_curvature), max_iter=steps, max_eval=2 * steps, history_size=50, line_search_fn="strong_wolfe",
+        tolerance_grad=1e-7, tolerance_change=tolerance,
+    )  # fmt: skip
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        rows = GaussianRows(mean, log_curvature.exp())
+        roots = rows.roots(white.inputs)
+        solved = torch.linalg.solve_triangular(roots, white.inputs.mT.expand(len(roots), -1, -1), upper=False)
+        moments = LogitMoments(white.inputs @ mean.mT + white.offset, solved.square().sum(-2).mT)
+        with common_random_numbers(data.inputs.device):
+            likelihood = data.weight * objective(complete(moments, data.offset), data.labels).sum()
+        loss = standard_divergence(mean, roots) - likelihood
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimiser.step(closure)
+    polished = GaussianRows(mean.detach(), log_curvature.detach().exp())
+    found = _evaluate(data, white, complete, objective, polished)
+    return found if found.loss < state.loss else state
+
+
+def _moved(white: Whitened, state: _State, length: float) -> GaussianRows:
+    """One step, the mean preconditioned by the new precision."""
+    curvature = (1 - length) * state.rows.curvature + length * state.curvature
+    moved = replace(state.rows, curvature=curvature)
+    pull = (state.slope.mT @ white.inputs - state.rows.mean)[..., None]
+    change = torch.cholesky_solve(pull, moved.roots(white.inputs))[..., 0]
+    return replace(moved, mean=state.rows.mean + length * change)
+
+
+def _evaluate(data: HeadData, white: Whitened, complete: Complete, objective: Likelihood, rows: GaussianRows) -> _State:
+    roots = rows.roots(white.inputs)
+    mean = (white.inputs @ rows.mean.mT + white.offset).requires_grad_()
+    solved = torch.linalg.solve_triangular(roots, white.inputs.mT.expand(len(roots), -1, -1), upper=False)
+    variance = solved.square().sum(-2).mT.contiguous().requires_grad_()
+    with torch.enable_grad(), common_random_numbers(data.inputs.device):
+        likelihood = data.weight * objective(complete(LogitMoments(mean, variance), data.offset), data.labels).sum()
+    slope, towards = torch.autograd.grad(likelihood, (mean, variance))
+    loss = float(standard_divergence(rows.mean, roots) - likelihood.detach())
+    # a bound is concave in the variance's direction of less certainty; sampling may break that by a rounding error
+    return _State(rows, roots, loss, slope, (-2 * towards).clamp_min(0))
+
+
+def standard_divergence(mean: Tensor, roots: Tensor) -> Tensor:
+    """KL in nats from Normals with Cholesky factors of precisions to the standard Normal."""
+    eye = torch.eye(mean.shape[-1]).to(mean).expand_as(roots)
+    trace = torch.linalg.solve_triangular(roots, eye, upper=False).square().sum()
+    log_precision = 2 * roots.diagonal(dim1=-2, dim2=-1).log().sum()
+    return 0.5 * (mean.square().sum() + trace - mean.numel() + log_precision)
+
+
+@contextmanager
+def common_random_numbers(device: torch.device) -> Iterator[None]:
+    """The same draws in every evaluation, so that a sampled objective is a smooth function."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
