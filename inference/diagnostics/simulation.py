@@ -1,7 +1,7 @@
 """Simulation-based calibration: fit what is known to be true, many times, and see where the truth ranks."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -130,6 +130,17 @@ def simulation_based_calibration(
     return SimulationBasedCalibration(names, torch.stack(ranks), sizes.pop(), seed)
 
 
+class SimulatedSplit(EncodedSplit):
+    """Rows whose labels came from the model: all of one class is then a draw like another, not a mistake in the data.
+
+    Leaving such draws out would make ranks non-uniform under the true posterior.
+    """
+
+    def require_trainable(self) -> "EncodedSplit":
+        """The split itself: see `EncodedSplit.require_trainable`."""
+        return self
+
+
 def calibrate_engine(
     engine: Engine,
     model: BayesianModel,
@@ -159,8 +170,7 @@ def calibrate_engine(
         progress: show a bar.
 
     Raises:
-        ValueError: see `simulation_based_calibration`; also an improper prior, or labels of a single class, on which no
-            engine fits: use more rows or a narrower prior.
+        ValueError: see `simulation_based_calibration`; also an improper prior.
     """
     encoded = model.encode(data)
     improper = [name for name, entry in model.prior.to_dict().items() if entry["prior"] == "Flat"]
@@ -180,7 +190,7 @@ def calibrate_engine(
                 unlabelled = {key: value for key, value in batch.items() if key != "labels"}
                 labels[batch["index"]] = poutine.condition(model, data=truth)(unlabelled).cpu()
         model.release()
-        simulated = replace(encoded, labels=labels)
+        simulated = SimulatedSplit(**{**vars(encoded), "labels": labels})
         return _measure({name: value[None] for name, value in truth.items()}, simulated)[0], simulated
 
     def fit(simulated: EncodedSplit, generator: torch.Generator) -> Tensor:
