@@ -106,7 +106,7 @@ class LocalKronecker(LocalWeight):
 
     Args:
         loc: means.
-        inside: deviations within the bases' span, with zero means.
+        scale: standard deviation in each pair of directions within the bases' span.
         out_basis: see `KroneckerDistribution`.
         in_basis: see `KroneckerDistribution`.
         rest: standard deviation outside the span.

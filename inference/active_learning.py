@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from pyrolora.inference.evaluation.curves import COLOURS
 from pyrolora.inference.evaluation.metrics import accuracy, negative_log_likelihood
 from pyrolora.inference.evaluation.ood import mutual_information, predictive_entropy
 from pyrolora.inference.posterior import Posterior
+from pyrolora.models.atomic import replacing
 from pyrolora.models.naming import nearest
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import Split
@@ -78,10 +78,8 @@ class LearningCurve:
     def save(self, path: str | Path) -> Path:
         """Write JSON, whole or not at all."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1))
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1))
         return path
 
     @classmethod

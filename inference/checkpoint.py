@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pyrolora.inference.engine import StepStats
+from pyrolora.models.atomic import replacing
 
 if TYPE_CHECKING:
     from pyrolora.inference.training import TrainingRun
@@ -38,12 +39,9 @@ def write(run: "TrainingRun", folder: str | Path) -> None:
         "history": [stats.to_dict() for stats in run.history],
         "identity": run.identity(),
     }
-    path = Path(folder) / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    # one file holds tensors and JSON, so that the two can never be of different steps
-    save_file(tensors, partial, metadata={"run": json.dumps(about)})
-    partial.replace(path)
+    with replacing(Path(folder) / FILE) as partial:
+        # one file holds tensors and JSON, so that the two can never be of different steps
+        save_file(tensors, partial, metadata={"run": json.dumps(about)})
 
 
 def restore(run: "TrainingRun", folder: str | Path) -> None:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyrolora.inference.digests import data_digest, tensor_digest
+from pyrolora.models.atomic import replacing
 from pyrolora.models.backbones import cache_folder
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import EncodedSplit, Split
@@ -90,25 +91,22 @@ class FeatureCache:
             values[batch["index"]] = model.features(batch, draw).cpu()
         model.release()
         if path is not None:
-            _write(path, values, encoded.labels, identity)
+            with replacing(path) as partial:
+                kept = {"features": values, "labels": encoded.labels}
+                save_file(kept, partial, metadata={"identity": json.dumps(identity)})
         return Features(values.to(model.backbone.device), encoded.labels.to(model.backbone.device))
 
 
 def feature_identity(model: BayesianModel, draw: Mapping[str, Tensor], data: EncodedSplit) -> dict[str, str]:
-    """What features depend on: network, float type, adapters with their weights, and data, each as a short text."""
-    weights = hashlib.sha256()
-    inside = [site for site in model.adapter_sites.values() if site.modules]
-    for site in inside:
-        weights.update(site.name.encode())
-        weights.update(draw[site.name].detach().cpu().contiguous().numpy().tobytes())
+    """What features depend on: network, float type, adapters with their weights and constants, and data, as short texts."""
+    inside = {site.name: draw[site.name] for site in model.adapter_sites.values() if site.modules}
+    weights = tensor_digest({**model.constants, **inside})
     adapters = [adapter.to_dict() for adapter in model.adapters if adapter.to_dict()["adapter"] != "LastLayer"]
-    rows = hashlib.sha256(repr([row.input_ids for row in data.rows]).encode())
-    rows.update(repr(data.labels.tolist()).encode())
     return {
         "model": model.backbone.fingerprint,
         "dtype": str(model.backbone.dtype),
-        "adapter": hashlib.sha256(json.dumps(adapters).encode() + weights.digest()).hexdigest()[:16],
-        "data": f"{len(data)}:{rows.hexdigest()[:16]}",
+        "adapter": hashlib.sha256((json.dumps(adapters) + weights).encode()).hexdigest()[:16],
+        "data": data_digest(data),
     }
 
 
@@ -137,13 +135,3 @@ def load_features(path: str | Path, identity: Mapping[str, str], model: Bayesian
             )
     logger.info("Features of %d examples from %s", len(values), path)
     return Features(values.to(model.backbone.device), labels.to(model.backbone.device))
-
-
-def _write(path: Path, values: Tensor, labels: Tensor, identity: Mapping[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file({"features": values, "labels": labels}, partial, metadata={"identity": json.dumps(dict(identity))})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

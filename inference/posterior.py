@@ -136,10 +136,10 @@ class Posterior:
                 positive or given where no weights are drawn.
         """
         kind = self.default_kind if kind is None else kind
-        if kind not in self.kinds:
+        if kind not in (kinds := self.kinds):
             raise ValueError(
-                f"{type(self).__name__} has no prediction of kind {kind!r}. Did you mean {nearest(kind, self.kinds)!r}? "
-                f"Kinds: {', '.join(self.kinds)}."
+                f"{type(self).__name__} has no prediction of kind {kind!r}. Did you mean {nearest(kind, kinds)!r}? "
+                f"Kinds: {', '.join(kinds)}."
             )
         if draws < 1:
             raise ValueError(f"A prediction needs at least one draw; got {draws}. A usual choice is 10.")

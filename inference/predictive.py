@@ -24,8 +24,9 @@ class Predictive:
 
     Attributes:
         probs: probabilities, ``(draws, rows, classes)``, float32 on the CPU.
-        kind: how they were made: ``"mc"`` (weight draws through the network), ``"mean"`` (the posterior mean), or
-            ``"linearised"`` (Gaussian logits around the mean).
+        kind: how they were made: ``"mc"`` (weight draws through the network), ``"mean"`` (the posterior mean),
+            ``"linearised"`` and its closed forms (Gaussian logits around the mean), or ``"token"`` and ``"flipout"`` (noise
+            for every token); see `Posterior.predict`.
         labels: observed classes ``(rows,)``, or None.
         energy: minus the log-sum-exp of the class logits, nats, ``(draws, rows)``; None for a kind that makes no logits.
     """

@@ -19,6 +19,7 @@ from pyrolora.guides import build_guide
 from pyrolora.guides.base import ROLES
 from pyrolora.guides.local import local_weight
 from pyrolora.inference import checkpoint
+from pyrolora.inference.digests import data_digest, tensor_digest
 from pyrolora.inference.elbo import AnalyticELBO
 from pyrolora.inference.engine import History, StepStats
 from pyrolora.inference.logit_gradients import require_linear
@@ -61,7 +62,7 @@ class TrainingRun:
         self.engine, self.model = engine, model
         self.data = model.encode(data)
         self.data.require_trainable()
-        self.data_digest = _data_digest(self.data)
+        self.data_digest = data_digest(self.data)
         self.seed = engine.seed if generator is None else int(torch.randint(2**31, (), generator=generator))
         # a fit before this one may have moved the learned scales, from which guides start
         model.prior.reset_scales()
@@ -109,7 +110,7 @@ class TrainingRun:
             "seed": self.seed,
             "sites": sites,
             "adapters": [adapter.to_dict() for adapter in self.model.adapters],
-            "constants": _digest(self.model.constants),
+            "constants": tensor_digest(self.model.constants),
             "prior": self.model.prior.to_dict(),
             "backbone": self.model.backbone.fingerprint,
             "dtype": str(self.model.backbone.dtype),
@@ -277,21 +278,6 @@ class TrainingRun:
                 for point in guide.parameters_by_role()["manifold"]:
                     point.copy_(project(point))
         return Posterior(self.model, guide, record)
-
-
-def _data_digest(data: EncodedSplit) -> str:
-    digest = hashlib.sha256(repr((data.label_ids, data.labels.tolist())).encode())
-    for row in data.rows:
-        digest.update(repr(row).encode())
-    return f"{len(data)}:{digest.hexdigest()[:16]}"
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _finite(tensors: Iterable[Tensor]) -> bool:

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pyrolora.models.atomic import replacing
 from pyrolora.models.backbones import Backbone
 from pyrolora.models.naming import nearest
 
@@ -48,10 +49,8 @@ class SecondMoments:
         owners: dict[int, str] = {}
         shared = {path: owners.setdefault(id(matrix), path) for path, matrix in self.matrices.items()}
         tensors = {path: self.matrices[path].cpu().contiguous() for path in set(shared.values())}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(file.name + ".partial")
-        save_file(tensors, partial, metadata={"moments": json.dumps({"shared": shared, "tokens": self.tokens})})
-        partial.replace(file)
+        with replacing(file) as partial:
+            save_file(tensors, partial, metadata={"moments": json.dumps({"shared": shared, "tokens": self.tokens})})
         return file
 
     @classmethod

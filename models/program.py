@@ -1,9 +1,7 @@
 """The Pyro program: sites with priors, a frozen backbone, and labels observed in a data plate."""
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import pyro
 import pyro.distributions as dist
@@ -17,6 +15,7 @@ from pyrolora.models.adapters.base import Adapter
 from pyrolora.models.adapters.lora import LoRA
 from pyrolora.models.backbones import Backbone, Delta
 from pyrolora.models.calibration import Calibration
+from pyrolora.models.constants import shared_constants
 from pyrolora.models.heads import LabelHead, OptionHead
 from pyrolora.models.likelihoods import observe_labels
 from pyrolora.models.priors import Prior, PriorSpecification
@@ -30,10 +29,6 @@ CALIBRATION_ROWS, CALIBRATION_BATCH = 256, 32
 ROW_KEYS = (
     "input_ids", "attention_mask", "position_ids", "segment_ids", "scored", "option_mask", "option_lengths", "trunk",
 )  # fmt: skip
-
-# adapters whose constants are remembered for a backbone: the models of a comparison share them
-MOST_RECENT = 4
-_RECENT: "WeakKeyDictionary[Backbone, dict[tuple[str, ...], dict[str, Tensor]]]" = WeakKeyDictionary()
 
 
 class BayesianModel:
@@ -114,26 +109,10 @@ class BayesianModel:
             logits = self.head(batch, (), None, 0)
             return functional.cross_entropy(logits, batch["labels"].to(logits.device))
 
-        calibration = Calibration(batches, loss, self.label_ids)
-        recent = _RECENT.setdefault(self.backbone, {})
-        found: dict[str, Tensor] = {}
-        for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
-            key = self._constants_key(adapter)
-            if key not in recent:
-                recent[key] = adapter.constants(self.backbone, sites, calibration)
-            # the last used comes last, and the first is forgotten
-            recent[key] = recent.pop(key)
-            found.update(recent[key])
-        while len(recent) > MOST_RECENT:
-            del recent[next(iter(recent))]
-        return found
-
-    def _constants_key(self, adapter: Adapter) -> tuple[str, ...]:
-        """All that an adapter's constants depend on, for one backbone."""
-        # a weight counts its changes in place, so what was made from other weights is not found again
-        changes = sum(weight._version for weight in self.backbone.network.parameters())
-        rows = hashlib.sha256(repr([(row.fields, row.label) for row in self.task.train.examples]).encode()).hexdigest()
-        return repr(adapter), self.task.name, rows, str(self.max_length), str(changes)
+        pairs = zip(self.adapters, self._adapter_sites, strict=True)
+        return shared_constants(
+            self.backbone, pairs, Calibration(batches, loss, self.label_ids), self.task, self.max_length
+        )
 
     def _placed(self, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
         device, dtype = self.backbone.device, self.backbone.site_dtype

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -29,6 +28,7 @@ from pyrolora.inference.laplace import Laplace
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.storage import CONFIG as POSTERIOR
 from pyrolora.models.adapters import Adapter
+from pyrolora.models.atomic import replacing
 from pyrolora.models.backbones import Backbone
 from pyrolora.models.declarations import declared, declared_prior
 from pyrolora.models.program import BayesianModel
@@ -144,7 +144,8 @@ class Cell:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._keep_predictions(recorder.first)
         summary = layer_summary(posterior)
-        _write_whole(self.folder / LAYERS, lambda path: summary.to_netcdf(path, engine="h5netcdf"))
+        with replacing(self.folder / LAYERS) as partial:
+            summary.to_netcdf(partial, engine="h5netcdf")
         report.save(self.folder)
         return report
 
@@ -222,10 +223,8 @@ class Cell:
             "aleatoric": split.aleatoric.float(),
             "epistemic": split.epistemic.float(),
         }
-        _write_whole(
-            self.folder / PREDICTIONS,
-            lambda path: save_file({name: value.contiguous() for name, value in kept.items()}, path),
-        )
+        with replacing(self.folder / PREDICTIONS) as partial:
+            save_file({name: value.contiguous() for name, value in kept.items()}, partial)
 
     def _sweep(self) -> None:
         """Remove what a process that died while writing this cell left behind; only the holder of its claim may."""
@@ -251,12 +250,3 @@ class _Recorder:
 
 def _has_votes(split: Split) -> bool:
     return any(VOTES in example.attributes for example in split)
-
-
-def _write_whole(path: Path, write: Any) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.storage import CONFIG as POSTERIOR
 from pyrolora.inference.storage import check_place
 from pyrolora.inference.storage import read_config as read_posterior_config
+from pyrolora.models.atomic import replacing
 from pyrolora.models.backbones import Backbone, load_backbone
 from pyrolora.models.tasks import Split, Task, task
 
@@ -231,7 +231,5 @@ def _claim(out: Path, config: ExperimentConfig) -> None:
 
 
 def _write_config(out: Path, resolved: Mapping[str, Any]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    partial = out / f".{CONFIG}.{os.getpid()}"
-    partial.write_text(yaml.safe_dump(json.loads(json.dumps(resolved)), sort_keys=False))
-    partial.replace(out / CONFIG)
+    with replacing(out / CONFIG) as partial:
+        partial.write_text(yaml.safe_dump(json.loads(json.dumps(resolved)), sort_keys=False))

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +20,7 @@ from pyrolora.inference.evaluation.page import (
     p_value_text,
     read_pages,
 )
+from pyrolora.models.atomic import replacing
 
 TEMPLATE = "report.html.jinja"
 LATEX_SPECIAL = {
@@ -52,15 +52,10 @@ def render_folder(folder: str | Path, out: str | Path | None = None) -> dict[str
         "latex": ("page.tex", to_latex(pages)),
         "html": ("page.html", to_html(pages, Path(folder).resolve().name)),
     }
-    target.mkdir(parents=True, exist_ok=True)
     written = {}
     for kind, (name, text) in contents.items():
-        partial = target / f".{name}.{os.getpid()}"
-        try:
+        with replacing(target / name) as partial:
             partial.write_text(text, encoding="utf-8")
-            partial.replace(target / name)
-        finally:
-            partial.unlink(missing_ok=True)
         written[kind] = target / name
     return written
 

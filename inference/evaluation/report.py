@@ -18,6 +18,7 @@ from pyrolora.inference.evaluation.cost import Cost
 from pyrolora.inference.evaluation.markdown import Column, render_markdown
 from pyrolora.inference.evaluation.plots import reliability_diagram
 from pyrolora.inference.evaluation.selective import RiskCoverage
+from pyrolora.models.atomic import replacing
 
 FORMAT = 2
 
@@ -150,14 +151,9 @@ class Report:
             "report.json": json.dumps(self.to_dict(), indent=1, allow_nan=False).encode(),
         }
         target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            temporary = target / f".{name}.{os.getpid()}"
-            try:
-                temporary.write_bytes(content)
-                temporary.replace(target / name)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with replacing(target / name) as partial:
+                partial.write_bytes(content)
         return target
 
     @classmethod

@@ -45,8 +45,8 @@ class Laplace:
         posterior = Laplace().fit(model, task.train, estimate=map_posterior, validation=task.validation)
 
     Every site has the precision ``sum_n J_n' H_n J_n + prior precision``; the estimate is this project's own `MAP` under
-    the declared prior, or the mean of any posterior. The curvature needs one forward and ``classes`` backwards a batch and
-    keeps activations and output gradients, never weights of single examples; any batch size gives the same sum.
+    the declared prior, or the mean of any posterior. The curvature needs one forward and ``classes - 1`` backwards a batch
+    and keeps activations and output gradients, never weights of single examples; any batch size gives the same sum.
 
     The product B A of a LoRA does not change when A is multiplied and B divided by one matrix. A zero-mean isotropic prior
     breaks that tie except for rotations, so some directions of the posterior are set by the prior alone.
@@ -140,7 +140,8 @@ class Laplace:
             )
         if self.online and estimate is not None:
             raise ValueError("online acts during the MAP fit, and an estimate was passed. Pass none, or set online=0.")
-        structures = new_structures(model, self._checked(model, names), self.structure, self.rank)
+        self._check_sites(model, names)
+        structures = new_structures(model, names, self.structure, self.rank)
         _check_priors(structures, priors, self.structure)
         encoded = model.encode(data)
         encoded.require_trainable()
@@ -153,7 +154,10 @@ class Laplace:
             priors = declared_prior(model, names)
         mean = estimate.mean()
         _check_estimate(model, mean)
-        gradients = self._sum(model, mean, structures, encoded, self.checkpoint, progress)
+        gradients = LogitGradients(model, mean, tuple(structures))
+        log_likelihood = sum_curvature(
+            gradients, structures, encoded, batch_size=self.batch_size, checkpoint=self.checkpoint, progress=progress
+        )
         eigenvalues = flat_eigenvalues(structures)
         if self.precision == "evidence":
             priors = evidence_precision(mean, priors, eigenvalues, self.group)
@@ -168,7 +172,6 @@ class Laplace:
                 progress=progress,
             )
             priors = {name: NormalPrior(prior.mean, prior.precision * factor) for name, prior in priors.items()}
-        log_likelihood = float(estimate.predict(encoded, kind="mean").log_likelihood.double().sum())
         record = {
             **self.to_dict(),
             "sites": list(names),
@@ -180,19 +183,6 @@ class Laplace:
         }
         guide = normal_guide(model, mean, structures, priors, self.temperature)
         return LaplacePosterior(model, guide, record)
-
-    def _sum(
-        self,
-        model: BayesianModel,
-        mean: Mapping[str, Tensor],
-        structures: Mapping[str, Structure],
-        data: EncodedSplit,
-        checkpoint: str | Path | None,
-        progress: bool,
-    ) -> LogitGradients:
-        gradients = LogitGradients(model, mean, tuple(structures))
-        sum_curvature(gradients, structures, data, batch_size=self.batch_size, checkpoint=checkpoint, progress=progress)
-        return gradients
 
     def _estimate(
         self,
@@ -210,7 +200,14 @@ class Laplace:
                 continue
             mean = {name: value.detach() for name, value in run.guide.mean().items()}
             structures = new_structures(model, names, self.structure, self.rank)
-            self._sum(model, mean, structures, data, None, progress)
+            sum_curvature(
+                LogitGradients(model, mean, names),
+                structures,
+                data,
+                batch_size=self.batch_size,
+                checkpoint=None,
+                progress=progress,
+            )
             best = evidence_precision(mean, declared_prior(model, names), flat_eigenvalues(structures))
             scales = {name: float(prior.precision.rsqrt()) for name, prior in best.items()}
             model.prior.set_scales(scales)
@@ -236,7 +233,7 @@ class Laplace:
             )
         return names
 
-    def _checked(self, model: BayesianModel, names: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_sites(self, model: BayesianModel, names: tuple[str, ...]) -> None:
         """Refuse, before any work or memory is spent, sites that are no linear maps and dense covariances too large."""
         require_linear(model, names)
         for name in names:
@@ -246,7 +243,6 @@ class Laplace:
                     f"A dense covariance takes a site of at most {MOST_WEIGHTS:,} weights; {name!r} has "
                     f"{weights:,}. Use structure='kron' or 'diag' there."
                 )
-        return names
 
     def to_dict(self) -> dict[str, Any]:
         """Settings, ready for JSON."""

@@ -39,7 +39,7 @@ class Block:
         return (rows_first * variance) @ rows_first.mT
 
 
-class SecondMoments:
+class BatchMoments:
     """``sum_nt a a'`` of the activations of one batch, formed once for maps that read the same ones."""
 
     def __init__(self) -> None:
@@ -83,20 +83,18 @@ class Structure(ABC):
 
     Args:
         site: the site.
-        dtype: type of the sums.
-        device: where they live.
     """
 
     name: ClassVar[str]
 
-    def __init__(self, site: Site, dtype: torch.dtype, device: torch.device) -> None:
-        self.site, self.dtype, self.device = site, dtype, device
+    def __init__(self, site: Site) -> None:
+        self.site = site
 
     @abstractmethod
     def add(self, products: list[Product]) -> None:
         """Add one `hessian_root` column of a batch: a product for each entry of the site's stack."""
 
-    def add_inputs(self, products: list[Product], second_moments: "SecondMoments") -> None:  # noqa: B027 - most need none
+    def add_inputs(self, products: list[Product], moments: "BatchMoments") -> None:  # noqa: B027 - most need none
         """Add what does not depend on the column, once a batch."""
 
     @abstractmethod
@@ -131,7 +129,7 @@ class Diagonal(Structure):
     name = "diag"
 
     def __init__(self, site: Site, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(site, dtype, device)
+        super().__init__(site)
         self.total = torch.zeros(site.shape, dtype=dtype, device=device)
 
     def add(self, products: list[Product]) -> None:
@@ -166,7 +164,7 @@ class Dense(Structure):
     name = "full"
 
     def __init__(self, site: Site, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(site, dtype, device)
+        super().__init__(site)
         self.total = torch.zeros(site.numel, site.numel, dtype=dtype, device=device)
 
     def add(self, products: list[Product]) -> None:
@@ -211,7 +209,7 @@ class Kronecker(Structure):
     name = "kron"
 
     def __init__(self, site: Site, dtype: torch.dtype, device: torch.device, rank: int | None = None) -> None:
-        super().__init__(site, dtype, device)
+        super().__init__(site)
         self.rank = rank
         entries = site.shape[0] if site.modules else 1
         out_features, in_features = site.shape[-2:]
@@ -225,10 +223,10 @@ class Kronecker(Structure):
             gradients = product.gradients.flatten(0, 1)
             total.addmm_(gradients.mT, gradients)
 
-    def add_inputs(self, products: list[Product], second_moments: SecondMoments) -> None:
+    def add_inputs(self, products: list[Product], moments: BatchMoments) -> None:
         """See `Structure.add_inputs`."""
         for total, product in zip(self.inputs, products, strict=True):
-            total += second_moments(product.inputs)
+            total += moments(product.inputs)
         self.tokens += products[0].tokens
 
     def state(self) -> dict[str, Tensor]:
@@ -277,7 +275,7 @@ def logit_covariance(
     structures: Mapping[str, Structure],
     jacobians: Mapping[str, Tensor],
     precisions: Mapping[str, Tensor],
-    factors: tuple[float, ...] = (1.0,),
+    factors: tuple[float, ...],
 ) -> Tensor:
     """``J Sigma J'`` of every row, summed over sites, for several factors on the prior precision.
 
@@ -290,11 +288,9 @@ def logit_covariance(
     Shape:
         ``(rows, factors, columns, columns)``
     """
-    total: Tensor | None = None
-    for name, structure in structures.items():
-        for block in structure.blocks(jacobians[name], precisions[name]):
-            part = torch.stack([block.covariance(factor) for factor in factors], dim=1)
-            total = part if total is None else total + part
-    if total is None:
-        raise ValueError("No site has a curvature.")
-    return total
+    parts = [
+        torch.stack([block.covariance(factor) for factor in factors], dim=1)
+        for name, structure in structures.items()
+        for block in structure.blocks(jacobians[name], precisions[name])
+    ]
+    return torch.stack(parts).sum(0)

@@ -1,7 +1,7 @@
 """What every adapter answers: its sites, where they start, and how a draw changes the network."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -33,6 +33,13 @@ class Adapter(ABC):
         super().__init_subclass__(**kwargs)
         if not abstract:
             Adapter.registered[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        """Make tuples of lists and other collections, so that an adapter is equal and hashable by what it holds."""
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, Iterable) and not isinstance(value, str):
+                object.__setattr__(self, entry.name, tuple(value))
 
     @abstractmethod
     def sites(self, backbone: Backbone, classes: int | None) -> tuple[Site, ...]:
@@ -156,7 +163,7 @@ class Adapter(ABC):
                 raise ValueError(
                     f"{name} has no setting {key!r}. Did you mean {nearest(key, valid)!r}? Settings: {', '.join(valid)}."
                 )
-        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+        return kind(**settings)
 
 
 class LinearTape:

@@ -52,12 +52,6 @@ class FullRank(Adapter):
     embeddings: bool = field(default=False, metadata={"help": "whether token embeddings change as well"})
     name: str = field(default="", metadata={"help": "put before the names of the sites"})
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.targets, str):
-            object.__setattr__(self, "targets", tuple(self.targets))
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
-
     def sites(self, backbone: Backbone, classes: int | None) -> tuple[Site, ...]:
         """See `Adapter.sites`.
 

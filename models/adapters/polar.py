@@ -53,14 +53,11 @@ class PoLAR(Adapter):
     name: str = field(default="", metadata={"help": "put before the names of the sites"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank < 1:
             raise ValueError(f"The rank must be at least 1; got {self.rank}. A usual choice is 8.")
         if self.alpha <= 0:
             raise ValueError(f"alpha must be positive; got {self.alpha}. A usual choice is twice the rank.")
-        if not isinstance(self.targets, str):
-            object.__setattr__(self, "targets", tuple(self.targets))
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
 
     def sites(self, backbone: Backbone, classes: int | None) -> tuple[Site, ...]:
         """See `Adapter.sites`.

@@ -67,6 +67,7 @@ class S2FT(Adapter):
     calibration: str | None = field(default=None, metadata={"help": "text file or task; None for the model's own task"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.select not in STRATEGIES:
             raise ValueError(
                 f"Unknown selection {self.select!r}. Did you mean {nearest(self.select, STRATEGIES)!r}? "
@@ -77,10 +78,6 @@ class S2FT(Adapter):
                 raise ValueError(
                     f"{name} must be at least 1; got {getattr(self, name)}. To leave a projection out, drop it from targets."
                 )
-        if not isinstance(self.targets, str):
-            object.__setattr__(self, "targets", tuple(self.targets))
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
 
     def sites(self, backbone: Backbone, classes: int | None) -> tuple[Site, ...]:
         """See `Adapter.sites`.

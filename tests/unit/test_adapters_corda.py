@@ -1,6 +1,7 @@
 """CorDA: identities in float64, PEFT as oracle, and the defects of PEFT and the official code that must not be here."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from pyrolora.models.backbones import Backbone
 from pyrolora.models.factorisation import context_factors, damped_inverse, principal_factors
 from pyrolora.models.moments import SecondMoments, second_moments
 from pyrolora.models.priors import Flat, Relative
+from pyrolora.models.program import BayesianModel
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 
@@ -240,6 +242,15 @@ class TestAdapter:
         # one collection serves every rank and both modes
         larger = three_topics_model(adapter=CorDA(calibration=file, **(settings | {"rank": 4, "mode": "instruction"})))
         assert larger.constants["q_proj.lora_A.start"].shape == (3, 4, 32)
+
+    def test_another_prompt_of_the_same_task_makes_other_constants(self, three_topics_model):
+        """One backbone, one name, the same examples: what the calibration reads is the prompts."""
+        adapter = CorDA(mode="instruction", rank=2, targets=("q_proj",))
+        first = three_topics_model(adapter=adapter)
+        shape = dataclasses.replace(first.task.format, template="question : {text} answer :")
+        other = BayesianModel(first.backbone, dataclasses.replace(first.task, format=shape), adapter=adapter)
+        name = "q_proj.lora_A.start"
+        assert (first.constants[name] - other.constants[name]).abs().max() > 1e-3
 
     @pytest.mark.parametrize("mode", ["instruction", "knowledge"])
     def test_the_start_changes_nothing_and_training_does(self, three_topics_model, tmp_path, mode):

@@ -1,10 +1,13 @@
 """The feature cache: what it returns, what it is keyed by, and what it refuses."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from pyrolora.inference.features import FeatureCache, feature_identity, load_features
-from pyrolora.models.adapters import LastLayer, LoRA, PoLAR
+from pyrolora.models.adapters import LastLayer, LoRA, PiSSA, PoLAR
+from pyrolora.models.tasks import Split
 
 
 @pytest.fixture
@@ -63,6 +66,22 @@ def test_another_draw_adapter_or_split_is_another_file(three_topics_model, model
     other = three_topics_model(torch.float32, adapter=[PoLAR(rank=2), LastLayer()])
     cache.features(other, other.initial(torch.Generator().manual_seed(0)), other.task.train)
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_constants_and_words_are_part_of_the_key(three_topics_model):
+    model = three_topics_model(torch.float32, adapter=[PiSSA(rank=2, iterations=4), LastLayer()])
+    draw = {name: 0.3 * torch.randn(site.shape) for name, site in model.sites.items()}
+    data = model.encode(model.task.train)
+    identity = feature_identity(model, draw, data)
+    assert feature_identity(model, draw, data) == identity
+    moved = model.with_constants({name: 2 * value for name, value in model.constants.items()})
+    other = feature_identity(moved, draw, data)
+    assert [key for key in identity if identity[key] != other[key]] == ["adapter"]
+    first, *rest = model.task.train.examples
+    swapped = dataclasses.replace(first, fields={"text": " ".join(reversed(first.fields["text"].split()))})
+    texts = model.encode(Split("train", "three_topics", (swapped, *rest), 3))
+    other = feature_identity(model, draw, texts)
+    assert [key for key in identity if identity[key] != other[key]] == ["data"]
 
 
 def test_without_a_folder_nothing_is_written(model, draw, tmp_path, monkeypatch):

@@ -1,0 +1,25 @@
+"""Short hashes of data and tensors, by which kept results are told to belong to a fit."""
+
+import hashlib
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from pyrolora.models.tasks import EncodedSplit
+
+
+def data_digest(data: EncodedSplit) -> str:
+    """Number of rows, and a hash of all tokens and labels."""
+    digest = hashlib.sha256(repr((data.label_ids, data.labels.tolist())).encode())
+    for row in data.rows:
+        digest.update(repr(row).encode())
+    return f"{len(data)}:{digest.hexdigest()[:16]}"
+
+
+def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of names and values, whatever the order."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
