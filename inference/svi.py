@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyrolora.guides import BLoB
 from pyrolora.guides.base import Family, GuideSpecification, by_pattern
-from pyrolora.inference.noise import SCOPES
+from pyrolora.inference.noise import SCOPES, TOKEN_SCOPES
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.riemannian import STEPS, check_settings
 from pyrolora.inference.schedules import BlockSchedule
@@ -115,6 +115,11 @@ class SVI:
             raise ValueError(
                 f"Unknown noise scope {self.noise!r}. Did you mean {nearest(self.noise, SCOPES)!r}? "
                 f"Scopes: {', '.join(SCOPES)}."
+            )
+        if self.noise in TOKEN_SCOPES and self.schedule is not None:
+            raise ValueError(
+                f"noise={self.noise!r} draws no weights, so a schedule has none to leave out of backward. Use "
+                "noise='example' or noise='weight', or no schedule."
             )
 
     def fit(

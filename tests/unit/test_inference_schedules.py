@@ -387,3 +387,10 @@ def test_a_posterior_that_ties_layers_together_is_refused(three_topics_model):
 def test_a_schedule_is_a_block_schedule():
     with pytest.raises(TypeError, match="The schedule is a str"):
         MAP(schedule="lisa")
+
+
+@pytest.mark.parametrize("noise", ["token", "flipout"])
+def test_noise_for_every_token_is_refused_with_a_schedule(noise):
+    with pytest.raises(ValueError, match=f"noise='{noise}' draws no weights, so a schedule has none"):
+        SVI(noise=noise, schedule=BlockSchedule())
+    assert SVI(noise=noise).noise == noise
