@@ -31,6 +31,9 @@ from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import EncodedSplit, Split
 from pyrolora.models.trunk import TrunkCache
 
+# every kind of prediction that some posterior has
+KINDS = ("mc", "mean", "linearised", *LINKS, *BINARY_LINKS, *TOKEN_SCOPES)
+
 
 class Posterior:
     """A fitted guide over the sites of a model, whatever engine fitted it.

@@ -29,6 +29,7 @@ from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.riemannian import RiemannianStep
 from pyrolora.models.active_entries import ActiveEntries
 from pyrolora.models.program import BayesianModel
+from pyrolora.models.randomness import seeded
 from pyrolora.models.stiefel import project
 from pyrolora.models.tasks import EncodedSplit, Split
 from pyrolora.models.trunk import TrunkCache
@@ -231,10 +232,8 @@ class TrainingRun:
     @contextmanager
     def _seeded_step(self) -> Iterator[None]:
         """Draws that depend on the seed and the step alone, and leave the user's random state as it was."""
-        devices = [self.model.backbone.device] if self.model.backbone.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            mixed = hashlib.sha256(f"{self.seed}:{self.step}".encode()).digest()
-            torch.manual_seed(int.from_bytes(mixed[:7], "big"))
+        mixed = hashlib.sha256(f"{self.seed}:{self.step}".encode()).digest()
+        with seeded(int.from_bytes(mixed[:7], "big"), self.model.backbone.device):
             yield
 
     def _describe_failure(self, loss: float, norm: float) -> str:

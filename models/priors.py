@@ -277,7 +277,14 @@ def _flat(site: Site) -> TorchDistribution:
     # on a compact manifold what is constant is proper
     if site.prior is not None:
         return site.prior
-    return dist.ImproperUniform(dist.constraints.real, torch.Size(), site.shape)
+    return _Improper(dist.constraints.real, torch.Size(), site.shape)
+
+
+class _Improper(dist.ImproperUniform):
+    """Pyro's, with its zeros where the value is, so that they add to terms of a loss on an accelerator."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob(value).to(value)
 
 
 def fit_to_site(declared: TorchDistribution, site: Site) -> TorchDistribution:

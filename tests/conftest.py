@@ -35,6 +35,11 @@ class NetworkReachedError(RuntimeError):
     """A test tried to leave this machine."""
 
 
+def pytest_addoption(parser):
+    """``pytest --device cuda`` puts the tiny networks, and with them all that is sampled, on an accelerator."""
+    parser.addoption("--device", default="cpu", help="where the tiny networks run")
+
+
 def pytest_collection_modifyitems(items):
     """Mark whatever loads the real model, so that ``-m "not real_model"`` is the fast suite."""
     for item in items:
@@ -90,7 +95,7 @@ def seeds():
 
 
 @pytest.fixture
-def tiny_llama():
+def tiny_llama(request):
     """Return ``build(dtype=torch.float32, seed=0, **config)``: a random three-layer Llama in eval mode."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -113,7 +118,7 @@ def tiny_llama():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = LlamaForCausalLM(LlamaConfig(**(settings | config)))
-        return network.to(dtype).eval()
+        return network.to(request.config.getoption("--device"), dtype).eval()
 
     return build
 

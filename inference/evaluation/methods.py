@@ -9,6 +9,7 @@ from pyrolora.inference.evaluation.temperature import TemperatureScaling
 from pyrolora.inference.laplace import Laplace
 from pyrolora.inference.map import MAP
 from pyrolora.inference.nuts import NUTS
+from pyrolora.inference.posterior import KINDS
 from pyrolora.inference.released import ReleasedBLoB
 from pyrolora.inference.schedules import SCHEDULES
 from pyrolora.inference.svi import SVI
@@ -53,6 +54,7 @@ class Method:
         adapters: declarations of adapters added to the experiment's own.
         adapter: declaration of an adapter in place of the experiment's own.
         estimate: another method whose posterior this one starts from (Laplace, VBLL, NUTS, TemperatureScaling).
+        kind: kind of prediction, such as ``"mc"`` or ``"linearised"``; the posterior's usual one by default.
     """
 
     engine: str
@@ -62,6 +64,14 @@ class Method:
     adapters: tuple[str, ...] = ()
     adapter: str | None = None
     estimate: str | None = None
+    kind: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind is not None and self.kind not in KINDS:
+            raise ValueError(
+                f"Unknown kind of prediction {self.kind!r}. Did you mean {nearest(str(self.kind), KINDS)!r}? "
+                f"Kinds: {', '.join(KINDS)}."
+            )
 
     @classmethod
     def of_engine(cls, engine: str) -> "Method":

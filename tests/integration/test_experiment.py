@@ -214,6 +214,14 @@ def test_validation_precision_chooses_on_the_validation_split(config, tmp_path, 
     assert seen == ["validation"]
 
 
+def test_a_method_may_name_its_kind_of_prediction(config, tmp_path):
+    drawn = {"like": "laplace", "kind": "mc"}
+    report = compare(config(methods=("laplace", "drawn"), settings={"drawn": drawn}), tmp_path / "run", progress=False)
+    assert [(row.method, row.kind) for row in report.rows if row.method != "zero-shot"] == [
+        ("laplace", "linearised"), ("drawn", "mc"),
+    ]  # fmt: skip
+
+
 def test_last_layer_laplace_needs_no_estimate(config, tmp_path, monkeypatch):
     # its own MAP fit, of 150 steps by default
     monkeypatch.setattr(MAP, "fit", lambda self, *args, **kwargs: SVI.fit(replace(self, **SHORT), *args, **kwargs))
@@ -229,6 +237,7 @@ def test_last_layer_laplace_needs_no_estimate(config, tmp_path, monkeypatch):
         ({"settings": {"blob": {"steps": "many"}}}, "'steps' of SVI is a number; got 'many'"),
         ({"settings": {"map": {"guide": "BLoB()"}}, "methods": ("laplace",)}, "points"),
         ({"settings": {"laplace": {"guide": "BLoB()"}}}, "takes no guide"),
+        ({"settings": {"blob": {"kind": "mcc"}}}, "Unknown kind of prediction 'mcc'. Did you mean 'mc'"),
         ({"settings": {"laplace": {"estimate": "mapp"}}}, "Unknown method 'mapp'. Did you mean 'map'"),
         ({"settings": {"laplace": {"estimate": "laplace"}}}, "round in a circle: laplace <- laplace"),
         ({"settings": {"blob": {"prior": {"*.lora_C": "Flat()"}}}}, r"'\*.lora_C' matches no site"),

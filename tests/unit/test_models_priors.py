@@ -42,6 +42,11 @@ class TestForms:
         value = torch.randn(A.shape)
         torch.testing.assert_close(fit_to_site(CORRELATED, A).log_prob(value), CORRELATED.log_prob(value).sum())
 
+    def test_a_flat_priors_zeros_are_where_and_what_the_value_is(self):
+        value = torch.zeros(A.shape, dtype=torch.float64, device="meta")
+        zeros = Prior({"*_A": Flat(), "*_B": Flat()}, SITES)(A).log_prob(value)
+        assert (zeros.shape, zeros.dtype, zeros.device.type) == ((), torch.float64, "meta")
+
     @pytest.mark.parametrize("declaration", [Flat(), lambda site: Flat()])
     def test_flat_is_zero_everywhere_and_cannot_be_sampled(self, declaration):
         prior = Prior(declaration, SITES)(A)
