@@ -192,7 +192,7 @@ class TrainingRun:
         self._average()
         nll = self.elbo.terms["label"]
         kl = sum(value for name, value in self.elbo.terms.items() if name != "label") / engine.kl_weight
-        stats = StepStats(self.step, loss, nll, kl, norm, **self.model.diagnostics(self.guide.mean()))
+        stats = StepStats(self.step, loss, nll, kl, norm, **self.model.diagnostics(self.guide.mean(), batch))
         self.history.append(stats)
         self.consistent = True
         return stats

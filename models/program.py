@@ -13,11 +13,11 @@ from torch.nn import functional
 
 from pyrolora.models.adapters.base import Adapter
 from pyrolora.models.adapters.lora import LoRA
-from pyrolora.models.backbones import Backbone, Delta
+from pyrolora.models.backbones import PROMPT, Backbone, Delta
 from pyrolora.models.calibration import Calibration
 from pyrolora.models.constants import shared_constants
 from pyrolora.models.heads import LabelHead, OptionHead
-from pyrolora.models.likelihoods import observe_labels
+from pyrolora.models.likelihoods import mixed_logits, observe_labels
 from pyrolora.models.priors import Prior, PriorSpecification
 from pyrolora.models.sites import Site, SiteTable
 from pyrolora.models.tasks import EncodedSplit, Split, Task, encode
@@ -211,18 +211,19 @@ class BayesianModel:
         Shape:
             ``(rows,)``
         """
-        logits = self.row_logits(batch, self.sample_sites())
+        logits = self.row_logits(batch, self.sample_sites(), local=True)
         labels = batch.get("labels")
         labels = None if labels is None else labels.to(logits.device)
         index = batch.get("index")
         rows = self.num_data if num_data is None else num_data
         return observe_labels(logits, labels, None if index is None else index.to(logits.device), rows)
 
-    def diagnostics(self, draw: Mapping[str, Tensor]) -> dict[str, float]:
+    def diagnostics(self, draw: Mapping[str, Tensor], batch: Mapping[str, Tensor] | None = None) -> dict[str, float]:
         """What the adapters record of a draw at every training step; empty for most."""
         figures: dict[str, float] = {}
+        values = {**self._context(batch), **draw} if self.context_keys else draw
         for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
-            figures.update(adapter.diagnostics(sites, draw))
+            figures.update(adapter.diagnostics(sites, values))
         return figures
 
     def deltas(self, draw: Mapping[str, Tensor], batch: Mapping[str, Tensor] | None = None) -> dict[str, Delta]:
@@ -232,7 +233,9 @@ class BayesianModel:
             draw: site name -> value.
             batch: what gates read, such as the batch of the forward that follows; None where no adapter has one.
         """
-        values = {**self.constants, **self._context(batch), **draw}
+        return self._deltas({**self.constants, **self._context(batch), **draw})
+
+    def _deltas(self, values: Mapping[str, Tensor]) -> dict[str, Delta]:
         deltas: dict[str, Delta] = {}
         for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
             for path, delta in adapter.deltas(sites, values).items():
@@ -241,21 +244,52 @@ class BayesianModel:
         return deltas
 
     def _context(self, batch: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        if batch is None or not self.context_keys:
+            return {}
         device, dtype = self.backbone.device, self.backbone.site_dtype
-        found = {key: batch[key] for key in self.context_keys if key in batch} if batch is not None else {}
+        found = {key: batch[key] for key in self.context_keys if key in batch}
+        if PROMPT in self.context_keys and PROMPT not in found and "input_ids" in batch:
+            found[PROMPT] = self.backbone.prompt_embedding(batch)
         return {
             key: value.to(device, dtype if value.is_floating_point() else value.dtype) for key, value in found.items()
         }
 
-    def row_logits(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Tensor:
+    def row_logits(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor], *, local: bool = False) -> Tensor:
         """Class logits of each row; a draw with a leading dimension of ``groups`` serves ``groups`` equal runs of rows.
+
+        Args:
+            batch: a batch of `encode`'s split.
+            draw: site name -> value.
+            local: draw what adapters draw for single rows (`Adapter.local_draw`); without it they use their own mean.
 
         Shape:
             ``(rows, classes)``
         """
-        self.backbone.bind(self.deltas(draw, batch))
+        values = {**self.constants, **self._context(batch), **draw}
+        if local:
+            values.update(entry for adapter in self.adapters for entry in adapter.local_draw(values).items())
+        self.backbone.bind(self._deltas(values))
+        mixing = self._enumerated(values)
+        if mixing is not None:
+            each = mixing.shape[-1]
+            batch = {k: value.repeat_interleave(each, dim=0) if value.dim() else value for k, value in batch.items()}
         trunk = batch.get("trunk")
-        return self.head(batch, self._label_changes(draw), trunk, self.first_block if trunk is not None else 0)
+        logits = self.head(batch, self._label_changes(draw), trunk, self.first_block if trunk is not None else 0)
+        return logits if mixing is None else mixed_logits(logits, mixing)
+
+    @property
+    def draws_locally(self) -> bool:
+        """Whether an adapter draws something for every row anew, beside the sites."""
+        return any(adapter.draws_locally for adapter in self.adapters)
+
+    def _enumerated(self, values: Mapping[str, Tensor]) -> Tensor | None:
+        found = [mixing for adapter in self.adapters if (mixing := adapter.enumerated(values)) is not None]
+        if len(found) > 1:
+            raise ValueError(
+                f"{len(found)} adapters have a latent to sum out, which would take a forward for every pair of their values. "
+                "Keep one gate='categorical' and make the others deterministic."
+            )
+        return found[0] if found else None
 
     def features(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Tensor:
         """What the label rows are multiplied with, under a draw of the sites inside the network.
@@ -267,7 +301,12 @@ class BayesianModel:
         Shape:
             ``(rows, hidden)``, in the sites' float type
         """
-        self.backbone.bind(self.deltas(draw, batch))
+        values = {**self.constants, **self._context(batch), **draw}
+        if self._enumerated(values) is not None:
+            raise ValueError(
+                "A row has a feature vector for each expert of gate='categorical'. Use another gate for that."
+            )
+        self.backbone.bind(self._deltas(values))
         trunk = batch.get("trunk")
         first_block = self.first_block if trunk is not None else 0
         return self.backbone.features(batch, trunk=trunk, first_block=first_block).to(self.backbone.site_dtype)
@@ -300,12 +339,13 @@ class BayesianModel:
         changes = [adapter.label_change(values) for adapter in self.adapters]
         return [change for change in changes if change is not None]
 
-    def logits(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Tensor:
+    def logits(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor], *, local: bool = False) -> Tensor:
         """Class logits of every row under every draw, all draws on the batch axis, the trunk run once.
 
         Args:
             batch: a batch of `encode`'s split.
             draw: site name -> ``(draws, *site.shape)``, or the site's shape for a single draw.
+            local: see `row_logits`.
 
         Shape:
             ``(draws, rows, classes)``
@@ -317,7 +357,7 @@ class BayesianModel:
         if "trunk" not in batch and self.first_block > 0:
             batch = {**batch, "trunk": self.backbone.trunk(batch, self.first_block)}
         rows = batch["input_ids"].shape[0]
-        return self.row_logits(self.repeated(batch, draws), draw).unflatten(0, (draws, rows))
+        return self.row_logits(self.repeated(batch, draws), draw, local=local).unflatten(0, (draws, rows))
 
     def repeated(self, batch: Mapping[str, Tensor], draws: int) -> dict[str, Tensor]:
         """A batch with its rows once for each draw, all that the network and the adapters' gates read of it.
