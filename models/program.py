@@ -112,7 +112,11 @@ class BayesianModel:
 
         pairs = zip(self.adapters, self._adapter_sites, strict=True)
         return shared_constants(
-            self.backbone, pairs, Calibration(batches, loss, self.label_ids), self.task, self.max_length
+            self.backbone,
+            pairs,
+            Calibration(batches, loss, self.label_ids, self.task.tables),
+            self.task,
+            self.max_length,
         )
 
     def _placed(self, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:

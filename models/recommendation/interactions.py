@@ -62,8 +62,8 @@ def read_interactions(source: str | Path, liked: float = LIKED) -> Interactions:
     if not path.is_file():
         near = [entry.name for entry in path.parent.glob("*.csv")] if path.parent.is_dir() else []
         raise FileNotFoundError(
-            f"There are no interactions at {str(source)!r}.{suggestion(path.name, near)} Give a CSV file with the columns user, "
-            f"item and timestamp, or {MOVIELENS!r}."
+            f"There are no interactions at {str(source)!r}.{suggestion(path.name, near)} Give a CSV file with the columns "
+            f"user, item and timestamp, or {MOVIELENS!r}."
         )
     with path.open(encoding="utf-8", newline="") as file:
         return _ordered(number_rows(csv.DictReader(file), path.name), liked)

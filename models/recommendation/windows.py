@@ -32,8 +32,8 @@ class Window:
     def __post_init__(self) -> None:
         if self.candidates.count(self.target) != 1:
             raise ValueError(
-                f"The candidates of user {self.user!r} hold the target {self.candidates.count(self.target)} times, expected once: "
-                f"a prediction among {self.candidates} could not be right, or twice."
+                f"The candidates of user {self.user!r} hold the target {self.candidates.count(self.target)} times, expected "
+                f"once: a prediction among {self.candidates} could not be right, or twice."
             )
         if taken := sorted(set(self.candidates) & set(self.history)):
             raise ValueError(f"The candidates of user {self.user!r} hold items of the history: {taken}. Take others.")

@@ -106,7 +106,8 @@ class EncodedSplit:
         in the split. Where options are scored also ``segment_ids`` (0 padding, 1 prompt, 2 + k option k) and
         ``position_ids``: (B, T) int64, ``scored``: (B, T) bool, ``option_mask``: (B, K) bool, and
         ``option_lengths``: (B, K) float32, by which an option's log-likelihood is divided (1 where there is
-            no option). And a tensor (B, width) for each of `vectors`.
+            no option). Where tokens stand for items also ``items``: (B, T) int64, -1 for a word. And
+            a tensor (B, width) for each of `vectors`.
 
     Args:
         name: task and split, for messages.
@@ -282,6 +283,8 @@ class EncodedSplit:
                 lengths[place, : len(row.option_lengths)] = torch.tensor(row.option_lengths)
                 mask[place, : len(row.option_lengths)] = True
             tensors |= {"option_mask": mask, "option_lengths": lengths}
+        if any(row.items for row in rows):
+            tensors["items"] = self._padded([row.items or [-1] * len(row) for row in rows], -1, torch.int64)
         tensors |= {name: values[positions] for name, values in self.vectors.items()}
         return {name: tensor.to(device) for name, tensor in tensors.items()}
 

@@ -90,7 +90,10 @@ def task(name: str, data_dir: str | Path | None = None, train_size: int | None =
     }
     if train_size is not None:
         splits["train"] = splits["train"].subset(train_size, seed)
-    return Task(name, spec.labels, spec.format, **splits, description=spec.description, licence=spec.licence)
+    tables = {} if data_dir is None else spec.files.tables(Path(data_dir))
+    return Task(
+        name, spec.labels, spec.format, **splits, description=spec.description, licence=spec.licence, tables=tables
+    )
 
 
 def _read_rows(spec: TaskSpec, data_dir: Path | None) -> Parts:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from pyrolora.models.tasks.example import Row
 
 Parts = dict[str, list[Row]]
@@ -74,6 +76,10 @@ class Files:
                 )
             found[part] = [] if path is None else read_file(path, self.columns)
         return found
+
+    def tables(self, data_dir: Path) -> dict[str, Tensor]:
+        """Return tensors that all examples share, such as embeddings of items; none for most."""
+        return {}
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,19 @@ from pyrolora.inference.released import ReleasedBLoB
 from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.svi import SVI
 from pyrolora.inference.vbll import VBLL
-from pyrolora.models.adapters import S2FT, Adapter, CorDA, FullRank, LastLayer, LoRA, MixtureLoRA, PiSSA, PoLAR, QPiSSA
+from pyrolora.models.adapters import (
+    S2FT,
+    Adapter,
+    CorDA,
+    FullRank,
+    ItemProjector,
+    LastLayer,
+    LoRA,
+    MixtureLoRA,
+    PiSSA,
+    PoLAR,
+    QPiSSA,
+)
 from pyrolora.models.backbones import Backbone, load_backbone
 from pyrolora.models.covariance import Covariance
 from pyrolora.models.moments import SecondMoments, second_moments
@@ -55,6 +67,7 @@ __all__ = [
     "Flat",
     "FullCovariance",
     "FullRank",
+    "ItemProjector",
     "Laplace",
     "LaplacePosterior",
     "LastLayer",
