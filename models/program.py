@@ -381,6 +381,20 @@ class BayesianModel:
             raise ValueError(f"Sites hold different numbers of draws: {sorted(counts)}. Draw them together.")
         return counts.pop() if counts else 1
 
+    def bind(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> None:
+        """Put a draw into the backbone for forwards of this batch, such as generation, until `release`.
+
+        Raises:
+            ValueError: an adapter sums a latent out, so that no one network stands for a row.
+        """
+        values = {**self.constants, **self._context(batch), **draw}
+        if self._enumerated(values) is not None:
+            raise ValueError(
+                "Each row has a network for every expert of gate='categorical', which are mixed by class probabilities: it "
+                "has no features and writes no answer. Use another gate for that."
+            )
+        self.backbone.bind(self._deltas(values))
+
     def release(self) -> None:
         """Forget the bound draw and the graph it holds."""
         self.backbone.release()

@@ -98,7 +98,7 @@ class ItemProjector(Adapter):
         if table is None:
             raise ValueError(
                 "ItemProjector needs embeddings of items, which this task has not. Use task('next_item_hybrid', "
-                "data_dir=...) with a folder that pyrolora recommend prepared, or leave ItemProjector out."
+                "data_dir=...) with a folder that pyrolora windows prepared, or leave ItemProjector out."
             )
         if table.shape[-1] != self.features:
             raise ValueError(

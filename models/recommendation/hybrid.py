@@ -75,7 +75,7 @@ class HybridScoring(OptionScoring):
             if LISTED[name] not in example.vectors:
                 raise ValueError(
                     f"Example {example.id!r} has no numbers of the items in {name!r} (vectors[{LISTED[name]!r}]). Prepare "
-                    "the data with pyrolora recommend, or use a task without slots."
+                    "the data with pyrolora windows, or use a task without slots."
                 )
             fields[name] = "\n".join(f"{line} {self.slot}" for line in fields[name].split("\n"))
         return replace(example, fields=fields)

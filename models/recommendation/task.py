@@ -37,7 +37,7 @@ class PreparedWindows(Files):
         if not (data_dir / ITEMS).is_file() or not (data_dir / VECTORS).is_file():
             raise FileNotFoundError(
                 f"{str(data_dir)!r} holds no prepared windows ({ITEMS} and {VECTORS} are missing). Make them with: pyrolora "
-                f"recommend movielens-100k --out {data_dir}"
+                f"windows movielens-100k --out {data_dir}"
             )
         parts = tuple(parts)
         found = super().read(data_dir, parts, optional)
@@ -111,7 +111,7 @@ def _numbers(history: list[int], candidates: list[int]) -> dict[str, torch.Tenso
 
 
 _ABOUT = (
-    "Which of 20 candidates comes next after a window of a user's items, from a folder that `pyrolora recommend` prepared; "
+    "Which of 20 candidates comes next after a window of a user's items, from a folder that `pyrolora windows` prepared; "
     "users of validation and test are not in train. "
 )
 _FORMATS = {

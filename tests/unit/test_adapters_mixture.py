@@ -370,7 +370,7 @@ class TestEnumeration:
 
     def test_features_and_curvature_are_refused(self, make, three_topics_model):
         model = make(gate="categorical")
-        with pytest.raises(ValueError, match="a feature vector for each expert"):
+        with pytest.raises(ValueError, match="a network for every expert"):
             model.features(batch_of(), draws_of(model))
         with pytest.raises(ValueError, match="is not a stack of weights of linear maps"):
             Laplace(estimate=MAP(steps=1)).fit(model, with_vectors(model.task.train), progress=False)
