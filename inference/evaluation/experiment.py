@@ -112,7 +112,7 @@ def prepare(config: ExperimentConfig, out: Path, backbone: Backbone | None = Non
     """Load what all cells need, refuse what does not fit, and claim the folder; nothing is written before all fits."""
     needed = config.needed()
     _check_claim(out, config)
-    foreign = {name: _at_most(task(name).test, config.ood_size) for name in config.ood}
+    foreign = {name: _at_most(_other_task(name, config).test, config.ood_size) for name in config.ood}
     data = _task(config)
     shifted = {name: _shifted(name, config, data) for name in config.shift}
     test = data.test if config.test_size is None else data.test.subset(config.test_size, seed=0)
@@ -177,17 +177,22 @@ def _task(config: ExperimentConfig, seed: int = 0) -> Task:
 
 
 def _shifted(name: str, config: ExperimentConfig, data: Task) -> Split:
-    """Test items of a sibling task, which lies in the same folder if it lies in one."""
-    try:
-        other = task(name, data_dir=config.data_dir)
-    except FileNotFoundError:  # it may come from a package or the hub
-        other = task(name)
+    """Test items of a task of the same classes."""
+    other = _other_task(name, config)
     if other.labels != data.labels:
         raise ValueError(
             f"The task {name!r} has the classes {', '.join(other.labels)}, expected {', '.join(data.labels)} as in "
             f"{config.task!r}. Name it under ood, where labels are not used."
         )
     return _at_most(other.test, config.ood_size)
+
+
+def _other_task(name: str, config: ExperimentConfig) -> Task:
+    """A task to judge on, which lies in the experiment's own folder if it lies in one."""
+    try:
+        return task(name, data_dir=config.data_dir)
+    except FileNotFoundError:  # it may come from a package or the hub
+        return task(name)
 
 
 def _at_most(split: Split, size: int) -> Split:

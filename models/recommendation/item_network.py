@@ -98,7 +98,8 @@ def fit_item_network(
     devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        network = LlamaForCausalLM(config).to(device).train()
+        network: Any = LlamaForCausalLM(config)
+        network.to(device).train()
         optimiser = torch.optim.AdamW(network.parameters(), learning_rate, weight_decay=0.01)
         steps = epochs * -(-len(rows) // batch_size)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=steps)

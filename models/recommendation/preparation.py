@@ -7,8 +7,10 @@ import os
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pyrolora.models.recommendation.interactions import Interactions
-from pyrolora.models.recommendation.sasrec import fit_sasrec
+from pyrolora.models.recommendation.sasrec import SASRec, fit_sasrec
 from pyrolora.models.recommendation.windows import CANDIDATES, HISTORY, Window, long_enough, windows_of
 
 logger = logging.getLogger(__name__)
@@ -123,11 +125,7 @@ class Preparation:
             FileExistsError: the place holds something else.
             ValueError: too few users or items; see `divide` and `windows_of`.
         """
-        folder = Path(folder).resolve()
-        if folder.exists() and not (folder.is_dir() and ((folder / SETTINGS).is_file() or not any(folder.iterdir()))):
-            raise FileExistsError(
-                f"{str(folder)!r} exists and holds no prepared windows. Choose a new or an empty folder."
-            )
+        check_place(folder)
         users = self.divide(interactions)
         windows = {part: self._windows(interactions, part, members) for part, members in users.items() if members}
         encoder = fit_sasrec(
@@ -140,34 +138,9 @@ class Preparation:
             seed=self.seed,
             progress=progress,
         )
-        vectors = {ITEM_TABLE: encoder.item_embeddings.weight[:-1].detach()}
-        for part, made in windows.items():
-            vectors[f"{part}/sequence"] = encoder.states([window.history for window in made])
-            vectors[f"{part}/random_sequence"] = _noise(made, self.features, self.seed)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            names = {"names": interactions.item_names, "titles": interactions.titles}
-            (partial / ITEMS).write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
-            for part, made in windows.items():
-                lines = (json.dumps(_as_row(window)) for window in made)
-                (partial / f"{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-            save_file({name: value.contiguous() for name, value in vectors.items()}, partial / VECTORS)
-            encoder.save(partial / ENCODER)
-            counts = {part: len(made) for part, made in windows.items()}
-            (partial / SETTINGS).write_text(json.dumps({**asdict(self), "windows": counts}, indent=2))
-            partial.chmod(0o755)
-            replaced = None
-            if folder.exists():
-                replaced = partial.with_name(partial.name + "-old")
-                os.replace(folder, replaced)
-            os.replace(partial, folder)
-            if replaced is not None:
-                shutil.rmtree(replaced)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        return folder
+        states = {part: encoder.states([window.history for window in made]) for part, made in windows.items()}
+        items = encoder.item_embeddings.weight[:-1].detach()
+        return write_windows(folder, interactions, windows, states, items, asdict(self), encoder)
 
     def _windows(self, interactions: Interactions, part: str, users: list[str]) -> list[Window]:
         made = windows_of(
@@ -185,6 +158,91 @@ class Preparation:
         ]
 
 
+def write_windows(
+    folder: str | Path,
+    interactions: Interactions,
+    windows: Mapping[str, Sequence[Window]],
+    states: Mapping[str, Tensor],
+    items: Tensor,
+    settings: Mapping[str, Any],
+    encoder: SASRec | None = None,
+) -> Path:
+    """Write a folder that next-item tasks read, whole or not at all; `Preparation.prepare` says what it holds.
+
+    Args:
+        folder: where; parents are made.
+        interactions: for names and titles of the items.
+        windows: part -> its windows.
+        states: part -> what gates read of each window.
+        items: an embedding for each item.
+        settings: how it was made; ``seed`` decides the control vectors.
+        encoder: what made the states.
+
+    Raises:
+        FileExistsError: the place holds something else.
+
+    Shape:
+        states ``(windows, features)``, items ``(items, features)``
+    """
+    folder = check_place(folder)
+    vectors = {ITEM_TABLE: items}
+    for part, made in windows.items():
+        vectors[f"{part}/sequence"] = states[part]
+        vectors[f"{part}/random_sequence"] = _noise(made, states[part].shape[-1], int(settings.get("seed", 0)))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        names = {"names": interactions.item_names, "titles": interactions.titles}
+        (partial / ITEMS).write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
+        for part, made in windows.items():
+            lines = (json.dumps(_as_row(window)) for window in made)
+            (partial / f"{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        save_file({name: value.contiguous() for name, value in vectors.items()}, partial / VECTORS)
+        if encoder is not None:
+            encoder.save(partial / ENCODER)
+        counts = {part: len(made) for part, made in windows.items()}
+        (partial / SETTINGS).write_text(json.dumps({**settings, "windows": counts}, indent=2))
+        partial.chmod(0o755)
+        replaced = None
+        if folder.exists():
+            replaced = partial.with_name(partial.name + "-old")
+            os.replace(folder, replaced)
+        os.replace(partial, folder)
+        if replaced is not None:
+            shutil.rmtree(replaced)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return folder
+
+
+def check_place(folder: str | Path) -> Path:
+    """Refuse a place that holds anything but prepared windows: replacing it would delete what is there.
+
+    Raises:
+        FileExistsError: a file, or a folder that holds something else.
+    """
+    folder = Path(folder).resolve()
+    if folder.exists() and not (folder.is_dir() and ((folder / SETTINGS).is_file() or not any(folder.iterdir()))):
+        raise FileExistsError(f"{str(folder)!r} exists and holds no prepared windows. Choose a new or an empty folder.")
+    return folder
+
+
+def read_windows(folder: str | Path, part: str) -> list[Window]:
+    """Windows of a part of a prepared folder: ``read_windows("runs/movielens", "train")``."""
+    rows = (json.loads(line) for line in (Path(folder) / f"{part}.jsonl").read_text(encoding="utf-8").splitlines())
+    return [
+        Window(
+            row["user"],
+            int(row["id"].rsplit("/", 1)[-1]),
+            tuple(row["history"]),
+            row["candidates"][row["label"]],
+            tuple(row["candidates"]),
+        )
+        for row in rows
+    ]
+
+
 def _as_row(window: Window) -> dict[str, object]:
     return {
         "id": f"{window.user}/{window.position}",
@@ -195,7 +253,7 @@ def _as_row(window: Window) -> dict[str, object]:
     }
 
 
-def _noise(windows: list[Window], features: int, seed: int) -> Tensor:
+def _noise(windows: Sequence[Window], features: int, seed: int) -> Tensor:
     """A standard Normal vector for each window, the same whatever other windows there are."""
     rows = []
     for window in windows:
