@@ -10,7 +10,7 @@ Usage::
     python benchmarks/recommendation.py --seeds 3 --out runs/recommendation
     python benchmarks/recommendation.py --model smollm2-135m --task next_item_hybrid --device cuda --out runs/llm \
         --generate 200
-    python benchmarks/recommendation.py --seeds 1 --steps 10 --test-size 100 --epochs 1 --out runs/quick
+    python benchmarks/recommendation.py --seeds 1 --steps 10 --test-size 100 --epochs 1 --network-epochs 1 --out runs/quick
 
 Everything that is finished stays in the folder; a rerun goes on from there. In the first table accuracy is HR@1, and shift
 and OOD are users whose items are the rarest of all. Its intervals treat windows as independent, and those of the second table
@@ -45,7 +45,14 @@ def methods(options: argparse.Namespace) -> dict[str, dict[str, object]]:
     more = {"adapters": ("ItemProjector()",)} if options.task == "next_item_hybrid" else {}
     steps = {"steps": options.steps, "batch_size": options.batch_size, "learning_rate": options.learning_rate, **more}
     point = {"engine": "MAP", "prior": GATED, **steps}
-    estimate = {"engine": "Laplace", "prior": GATED, "structure": "full", "sites": "gate.weight", "batch_size": 64, **more}
+    estimate = {
+        "engine": "Laplace",
+        "prior": GATED,
+        "structure": "full",
+        "sites": "gate.weight",
+        "batch_size": 64,
+        **more,
+    }
     bayesian = {"*.lora_*": "Point()", "gate.weight": "MeanField(init_scale=0.05)"}
     return {
         "lora": {**point, "prior": "Normal(0, 1)", "adapter": lora},
@@ -66,7 +73,7 @@ def methods(options: argparse.Namespace) -> dict[str, dict[str, object]]:
     }
 
 
-def item_network(folder: Path, data: Path, device: str) -> Path:
+def item_network(folder: Path, data: Path, epochs: int, device: str) -> Path:
     """Train and keep the tiny network on the windows of half of the training users, unless it is there."""
     if not folder.is_dir():
         windows = read_windows(data, "train")
@@ -74,7 +81,7 @@ def item_network(folder: Path, data: Path, device: str) -> Path:
         half = set(users[: len(users) // 2])
         items = len(load_file(data / "vectors.safetensors")["items"])
         chosen = [window for window in windows if window.user in half]
-        save_item_network(fit_item_network(chosen, items, epochs=10, device=device), folder)
+        save_item_network(fit_item_network(chosen, items, epochs=epochs, device=device), folder)
     return folder
 
 
@@ -136,6 +143,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--epochs", type=int, default=30, help="of the sequence encoder")
+    parser.add_argument("--network-epochs", type=int, default=10, help="of the tiny item network")
     parser.add_argument("--train-size", type=int, default=10_000)
     parser.add_argument("--test-size", type=int, default=2000)
     parser.add_argument("--draws", type=int, default=20)
@@ -147,7 +155,7 @@ def main() -> None:
     if not (data / SETTINGS).is_file():
         preparation = Preparation(epochs=options.epochs)
         preparation.prepare(read_interactions(options.interactions), data, device=options.device)
-    model = options.model or str(item_network(options.out / "network", data, options.device))
+    model = options.model or str(item_network(options.out / "network", data, options.network_epochs, options.device))
     test = task(options.task, data_dir=data).test
     size = min(options.test_size, len(test))
     test = test.subset(size, seed=0)
