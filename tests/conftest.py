@@ -2,6 +2,10 @@
 
 import os
 
+# workers that each take all cores wait for one another; kernels of notebooks inherit this
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 # huggingface_hub and datasets read these once, when they are first imported
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
