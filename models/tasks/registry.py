@@ -43,7 +43,8 @@ def register(spec: TaskSpec) -> TaskSpec:
 
     From then on ``task("gadget_reviews", data_dir="reviews")`` reads ``reviews/train.jsonl`` and
     ``reviews/test.jsonl``,
-    and without ``data_dir`` the hub. A reader is any callable from a `Row` to an `Example`.
+    and without ``data_dir`` the hub. A reader is any callable from a `Row` to an `Example`, or to None for a
+    row that is to be left out.
 
     Args:
         spec: the task. It replaces one that was registered under the same name before.
@@ -108,8 +109,9 @@ def _read_rows(spec: TaskSpec, data_dir: Path | None) -> Parts:
 
 
 def _read_examples(reader: Reader, part: str, rows: Sequence[Row]) -> list[Example]:
-    read = (reader(row) for row in rows)
+    read = ((row, reader(row)) for row in rows)
     return [
         example if example.id else dataclasses.replace(example, id=f"{part}/{row.number}")
-        for row, example in zip(rows, read, strict=True)
+        for row, example in read
+        if example is not None
     ]
