@@ -185,9 +185,9 @@ class TrainingRun:
             nn.utils.clip_grads_with_norm_(self.optimiser.trained, engine.max_grad_norm, torch.tensor(norm))
         self.consistent = False
         self.optimiser.step(self._rate_factor(self.step))
-        if self.learns_scales and (learned := self.model.prior.learned_sites):
-            self.model.prior.update_scales(self.guide.second_moments(learned), (self.step + 1) / engine.steps)
         self.step += 1
+        if self.learns_scales:
+            self._update_scales()
         self._average()
         nll = self.elbo.terms["label"]
         kl = sum(value for name, value in self.elbo.terms.items() if name != "label") / engine.kl_weight
@@ -195,6 +195,12 @@ class TrainingRun:
         self.history.append(stats)
         self.consistent = True
         return stats
+
+    def _update_scales(self) -> None:
+        """Move the learned prior scales whose turn it is to their optimum for the guide as it is."""
+        prior, progress = self.model.prior, self.step / self.engine.steps
+        if due := prior.due_scales(progress, self.step):
+            prior.update_scales(self.guide.second_moments(due), progress, self.step)
 
     @torch.no_grad()
     def _average(self) -> None:
