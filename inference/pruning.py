@@ -101,7 +101,7 @@ def rank_reports(posterior: Posterior, threshold: float) -> dict[str, RankReport
 
 
 def _prior_scales(posterior: Posterior, pair: str, shape: torch.Size) -> dict[str, Tensor]:
-    """Learned prior scales of the row of A and of the column of B of every part; where a part has several, their quadratic mean."""
+    """Learned prior scales of the row of A and the column of B of every part, or the quadratic mean of several."""
     found = {}
     for factor, within in (("lora_A", -1), ("lora_B", -2)):
         name = f"{pair}.{factor}"

@@ -121,8 +121,8 @@ def learned(
     With ``strength=0`` it is plain empirical Bayes, which collapses to zero where the data say little about most weights:
     measured on 300 headlines, the means went to zero. That is why the hyper-prior is on and the update starts late.
 
-    Source: MacKay, "Bayesian non-linear modelling for the prediction competition", 1994; Tipping, "Sparse Bayesian learning and
-    the relevance vector machine", 2001, for the fixed point.
+    Source: MacKay, "Bayesian non-linear modelling for the prediction competition", 1994; Tipping, "Sparse Bayesian learning
+    and the relevance vector machine", 2001, for the fixed point.
 
     Args:
         scale: where s starts, and the centre of its hyper-prior (standard deviation of one weight).
@@ -300,8 +300,8 @@ class Prior:
         """Closed-form empirical-Bayes step for the learned scales of some sites.
 
         Args:
-            second_moments: site name -> E_q[w^2] of each of its weights, or their mean where the site has one scale; scales of
-                other sites stay as they are.
+            second_moments: site name -> E_q[w^2] of each of its weights, or their mean where the site has one scale; scales
+                of other sites stay as they are.
             progress: fraction of the training steps done; see `due_scales`.
             step: number of the step, from 1; see `due_scales`.
         """
@@ -309,11 +309,8 @@ class Prior:
             declaration, scale = self.declared[name], self.scales[name]
             if isinstance(declaration, Learned) and name in second_moments:
                 centre, moments = self._centres[name], second_moments[name]
-                if scale.dim():
-                    # a sum to the scale's own shape, divided by how many weights each entry stands for
-                    mean = moments.sum_to_size(scale.shape) * (scale.numel() / moments.numel())
-                else:
-                    mean = moments.mean()
+                # a sum to the scale's own shape, divided by how many weights each entry stands for
+                mean = moments.sum_to_size(scale.shape) * (scale.numel() / moments.numel())
                 pooled = declaration.strength * centre**2 + mean
                 # all means may collapse when nothing holds the scale up; a Normal of no width would then be NaN
                 scale.copy_((pooled / (declaration.strength + 1)).sqrt().clamp_min(1e-4 * centre))

@@ -181,7 +181,7 @@ class TestRelevance:
         torch.testing.assert_close(prior(A).stddev, prior.scales[A.name].expand(A.shape))
 
     def test_the_fixed_point_is_the_evidence_of_a_conjugate_model(self):
-        """Linear regression with orthogonal inputs: EM on (q, s) ends where the marginal likelihood is highest, group by group."""
+        """Regression with orthogonal inputs: EM on (q, s) ends where the marginal likelihood is highest, group by group."""
         precision, source = 25.0, torch.Generator().manual_seed(0)
         spread = torch.linspace(0.5, 2.0, A.shape[0] * A.shape[1], dtype=torch.float64).reshape(*A.shape[:2], 1)
         estimate = spread * (1 + 0.1 * torch.rand(A.shape, generator=source, dtype=torch.float64))
