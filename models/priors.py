@@ -1,6 +1,6 @@
 """Priors over sites: a distribution, a mapping of patterns, or a callable, made into one answer per site."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -48,7 +48,6 @@ class Learned:
     fixed: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "per", (self.per,) if isinstance(self.per, str) else tuple(self.per))
         if self.scale <= 0:
             raise ValueError(f"The scale of a learned prior must be positive; got {self.scale}. Try 0.05.")
         if self.strength < 0:
@@ -104,7 +103,7 @@ def learned(
     *,
     strength: float = 1.0,
     after: float = 0.5,
-    per: str | tuple[str, ...] = (),
+    per: str | Sequence[str] = (),
     every: int = 1,
 ) -> Learned:
     """Declare a zero-mean Normal prior whose scales are learned in closed form: ``learned(0.05, per=("layer", "rank"))``.
@@ -135,7 +134,7 @@ def learned(
     Raises:
         ValueError: a scale that is not positive, a negative strength, ``after`` outside [0, 1), or ``every`` below 1.
     """
-    return Learned(scale, strength, after, per=per, every=every)  # type: ignore[arg-type] - a name becomes a tuple
+    return Learned(scale, strength, after, (per,) if isinstance(per, str) else tuple(per), every)
 
 
 def logit_scale(scale: float = 2.0, *, learned: bool = False, strength: float = 1.0, after: float = 0.5) -> Learned:
