@@ -106,7 +106,7 @@ def judge(arguments: argparse.Namespace, name: str, variant: Variant, seed: int)
         for key, split in tests.items():
             report = pl.evaluate(
                 {"it": posterior}, at_most(split, test_size), kind=kind, draws=arguments.draws, seed=seed,
-                batch_size=arguments.batch_size, resamples=2, progress=False,
+                batch_size=arguments.batch_size, resamples=40, progress=False,
             )  # fmt: skip
             metrics[kind][key] = {metric: report.rows[0].metrics[metric].value for metric in METRICS}
     widths = [f.scale.mean() for _, f in posterior.guide.items() if isinstance(f, IndependentNormalFactor)]

@@ -119,7 +119,8 @@ def fit(arguments: argparse.Namespace, scope: str, seed: int) -> dict[str, float
     task = load(arguments, seed)
     engine = pl.SVI(guide=pl.BLoB(), steps=arguments.steps, kl_weight=KL_WEIGHT, noise=scope, seed=seed)
     posterior = engine.fit(build(arguments, task), task.train, progress=False)
-    report = pl.evaluate({"it": posterior}, task.validation, seed=seed, resamples=2, progress=False)
+    held_out = task.validation if arguments.limit is None else task.validation.subset(arguments.limit, seed=0)
+    report = pl.evaluate({"it": posterior}, held_out, seed=seed, resamples=40, progress=False)
     history = posterior.record["history"][-20:]
     found = {name: report.rows[0].metrics[name].value for name in ("nll", "accuracy", "ece")}
     return {**found, "train_nll": sum(entry["nll"] for entry in history) / len(history)}
@@ -140,6 +141,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--gradients", type=int, default=50, help="draws of a gradient for each batch and scope")
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--limit", type=int, help="validation examples at most, to try the command out")
     parser.add_argument("--tables", action="store_true", help="print what is there and compute nothing")
     arguments = parser.parse_args()
     drawn = {arguments.out / f"variance-{seed}.json": seed for seed in range(arguments.seeds)}
