@@ -416,7 +416,14 @@ def _describe(declaration: Declaration) -> dict[str, Any]:
         settings: dict[str, Any] = {key: getattr(declaration, key) for key in ("scale", "strength", "after")}
         if declaration.in_logits:
             return {"prior": "logit_scale", **settings, "learned": not declaration.fixed}
-        return {"prior": "learned", **settings, "per": list(declaration.per), "every": declaration.every}
+        # said only where it differs, so that what was written before there was a choice reads the same
+        more = {"per": list(declaration.per)} if declaration.per else {}
+        return {
+            "prior": "learned",
+            **settings,
+            **more,
+            **({"every": declaration.every} if declaration.every > 1 else {}),
+        }
     if isinstance(declaration, dist.Independent):
         return {**_describe(declaration.base_dist), "to_event": declaration.reinterpreted_batch_ndims}
     if isinstance(declaration, TorchDistributionMixin):
@@ -438,7 +445,6 @@ def _rebuild(site: str, entry: Mapping[str, Any]) -> Declaration:
     if kind == "Relative":
         return Relative(entry["ratio"])
     if kind == "learned":
-        # what was written before there were several scales a site says nothing of them
         more = {key: entry[key] for key in ("per", "every") if key in entry}
         return learned(entry["scale"], strength=entry["strength"], after=entry["after"], **more)
     if kind == "logit_scale":

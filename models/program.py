@@ -403,4 +403,6 @@ def _one_line(entry: Mapping[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+        return f"({', '.join(value)})"
     return f"{value:.4g}" if isinstance(value, float) else "[...]" if isinstance(value, list) else str(value)
