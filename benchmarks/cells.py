@@ -4,13 +4,15 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from pyrolora.inference.evaluation.aggregate import mean_over_seeds
+from pyrolora.inference.evaluation.bootstrap import Interval
 from pyrolora.models.atomic import replacing
 
 logger = logging.getLogger(__name__)
@@ -77,3 +79,11 @@ class Cells:
                 if len(pending) == before:
                     time.sleep(POLL_SECONDS)
         return [json.loads(self.path(identity).read_text())["found"] for identity in identities]
+
+
+def over_seeds(values: Iterable[float], digits: int = 3) -> str:
+    """Mean with Student's t-interval across seeds, as a table shows it; one seed stands for itself."""
+    found = list(values)
+    interval = mean_over_seeds(Interval(value, value, value) for value in found)
+    ends = f" [{interval.low:.{digits}f}, {interval.high:.{digits}f}]" if len(found) > 1 else ""
+    return f"{interval.value:.{digits}f}{ends}"

@@ -31,6 +31,8 @@ def write(run: "TrainingRun", folder: str | Path) -> None:
     """
     tensors: dict[str, Tensor] = {f"guide.{key}": value for key, value in run.guide.state_dict().items()}
     tensors.update(run.optimiser.state_tensors())
+    if run.widths is not None:
+        tensors.update(run.widths.state_tensors())
     tensors.update({f"average.{index}": value for index, value in enumerate(run.averages)})
     tensors.update({f"prior.{name}": scale for name, scale in run.model.prior.scales.items()})
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
@@ -71,6 +73,8 @@ def restore(run: "TrainingRun", folder: str | Path) -> None:
     guide = {key.removeprefix("guide."): value for key, value in tensors.items() if key.startswith("guide.")}
     run.guide.load_state_dict(guide)
     run.optimiser.load_state(tensors, about["step"])
+    if run.widths is not None:
+        run.widths.load_state(tensors)
     for index, parameter in enumerate(run.parameters):
         if (average := tensors.get(f"average.{index}")) is not None:
             run.averages.append(average.to(parameter.device))

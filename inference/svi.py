@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyrolora.guides import BLoB
 from pyrolora.guides.base import Family, GuideSpecification, by_pattern
+from pyrolora.inference.natural_widths import WIDTHS
 from pyrolora.inference.noise import SCOPES, TOKEN_SCOPES
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.riemannian import STEPS, check_settings
@@ -40,6 +41,8 @@ class SVI:
         batch_size: examples a step.
         learning_rate: Adam's rate for means and points.
         scale_learning_rate: Adam's rate for the parameters of the standard deviations.
+        width: how standard deviations are found: ``"gradient"``, by Adam; ``"natural"``, each put at its optimum for the
+            curvature that the steps so far have seen, which needs no rate and no good start; see `NaturalWidths`.
         kl_weight: weight of the KL (temperature of the posterior).
         particles: draws a step, one backward each.
         noise: ``"example"`` draws independently for every example, ``"weight"`` once for the batch; ``"token"`` (local
@@ -67,6 +70,7 @@ class SVI:
     batch_size: int = field(default=16, metadata={"help": "examples a step"})
     learning_rate: float = field(default=1e-3, metadata={"help": "rate of means and points"})
     scale_learning_rate: float = field(default=2e-2, metadata={"help": "rate of standard deviations"})
+    width: str = field(default="gradient", metadata={"help": "'gradient' or 'natural' standard deviations"})
     kl_weight: float = field(default=1.0, metadata={"help": "weight of the KL; 1 is the true ELBO"})
     particles: int = field(default=1, metadata={"help": "draws a step"})
     noise: str = field(default="example", metadata={"help": "'example', 'weight', 'token' or 'flipout'"})
@@ -107,6 +111,16 @@ class SVI:
         if not 0 <= self.average < 1:
             raise ValueError(
                 f"average is a fraction of the steps in [0, 1); got {self.average}. Try 0.25, or 0 for none."
+            )
+        if self.width not in WIDTHS:
+            raise ValueError(
+                f"Unknown width {self.width!r}. Did you mean {nearest(str(self.width), WIDTHS)!r}? "
+                f"Widths: {', '.join(WIDTHS)}."
+            )
+        if self.width == "natural" and self.schedule is not None:
+            raise ValueError(
+                "width='natural' reads the curvature of every weight in every step, and a schedule lets blocks rest. Use "
+                "width='gradient', or no schedule."
             )
         check_settings(self.manifold_step, self.retraction, self.landing_penalty)
         if self.schedule is not None and not isinstance(self.schedule, BlockSchedule):

@@ -23,6 +23,7 @@ from pyrolora.inference.digests import data_digest, tensor_digest
 from pyrolora.inference.elbo import AnalyticELBO
 from pyrolora.inference.engine import History, StepStats
 from pyrolora.inference.logit_gradients import require_linear
+from pyrolora.inference.natural_widths import NaturalWidths
 from pyrolora.inference.noise import TOKEN_SCOPES, NoiseMessenger, TemperMessenger, TokenMessenger
 from pyrolora.inference.optimiser import GuideAdam
 from pyrolora.inference.posterior import Posterior
@@ -73,7 +74,10 @@ class TrainingRun:
         schedule = engine.schedule
         plan = None if schedule is None else schedule.plan(model.sites, model.backbone, self.seed)
         manifold_step = RiemannianStep((), engine.manifold_step, engine.retraction, engine.landing_penalty)
-        self.optimiser = GuideAdam(self.guide, self._rates(), plan, manifold_step)
+        natural = engine.width == "natural"
+        self.widths = NaturalWidths(self.guide, model, len(self.data), engine.kl_weight) if natural else None
+        left_out = self.widths.left_out if self.widths is not None else ()
+        self.optimiser = GuideAdam(self.guide, self._rates(), plan, manifold_step, left_out)
         self.parameters: list[Tensor] = list(self.optimiser.parameters)
         self.noisy_sites = frozenset(name for name in self.guide.site_names if self._is_noisy(name))
         if engine.noise in TOKEN_SCOPES:
@@ -186,9 +190,11 @@ class TrainingRun:
             nn.utils.clip_grads_with_norm_(self.optimiser.trained, engine.max_grad_norm, torch.tensor(norm))
         self.consistent = False
         self.optimiser.step(self._rate_factor(self.step))
-        if self.learns_scales and (learned := self.model.prior.learned_sites):
-            self.model.prior.update_scales(self.guide.second_moments(learned), (self.step + 1) / engine.steps)
         self.step += 1
+        if self.widths is not None:
+            self.widths.step(self.step)
+        if self.learns_scales:
+            self._update_scales()
         self._average()
         nll = self.elbo.terms["label"]
         kl = sum(value for name, value in self.elbo.terms.items() if name != "label") / engine.kl_weight
@@ -196,6 +202,12 @@ class TrainingRun:
         self.history.append(stats)
         self.consistent = True
         return stats
+
+    def _update_scales(self) -> None:
+        """Move the learned prior scales whose turn it is to their optimum for the guide as it is."""
+        prior, progress = self.model.prior, self.step / self.engine.steps
+        if due := prior.due_scales(progress, self.step):
+            prior.update_scales(self.guide.second_moments(due), progress, self.step)
 
     @torch.no_grad()
     def _average(self) -> None:

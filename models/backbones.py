@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from pyrolora.models.answer_position import PROBE_TOKENS, AnswerPosition, recomputes
+from pyrolora.models.blocks import Catch, Passing, Resume, find_blocks
 from pyrolora.models.naming import nearest
 
 logger = logging.getLogger(__name__)
@@ -54,11 +56,13 @@ class Backbone:
         self.tokenizer = tokenizer
         self.name = name
         self.body: Any = network.base_model
-        self.blocks = _find_blocks(self.body)
+        self.blocks = find_blocks(self.body)
         # networks with ALiBi count positions by themselves, and some swallow the argument without a word
         self._takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
         self._deltas: Mapping[str, Delta] = {}
-        self._hooked: set[str] = set()
+        self._by_position = True
+        # path of a projection -> id of the hook that adds a change to its output
+        self._hooked: dict[str, int] = {}
         self._fingerprint: str | None = None
 
     @property
@@ -94,21 +98,24 @@ class Backbone:
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
 
-    def bind(self, deltas: Mapping[str, Delta]) -> None:
+    def bind(self, deltas: Mapping[str, Delta], *, by_position: bool = False) -> None:
         """Add ``deltas[path](input)`` to the output of the projection at each path until `release` or the next bind.
 
         Args:
             deltas: module path -> function of the projection's input ``(rows, tokens, in)`` that returns
                 ``(rows, tokens, out)``.
+            by_position: whether each function maps every position by itself, so that it may be asked for some of them only.
         """
-        for path in deltas.keys() - self._hooked:
-            self.network.get_submodule(path).register_forward_hook(self._adding(path))
-            self._hooked.add(path)
-        self._deltas = deltas
+        for path in deltas.keys() - self._hooked.keys():
+            # first of all, so that hooks which restrict positions see the sum
+            hook = self.network.get_submodule(path).register_forward_hook(self._adding(path), prepend=True)
+            self._hooked[path] = hook.id
+        self._deltas, self._by_position = deltas, by_position
 
     def release(self) -> None:
         """Forget the bound draw, and with it the graph of the last step."""
-        self._deltas = {}
+        self._deltas, self._by_position = {}, True
+        self._restrict(None)
 
     def _adding(self, path: str) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
@@ -143,11 +150,36 @@ class Backbone:
         Shape:
             ``(rows, tokens, hidden)``
         """
-        inputs = self._inputs(batch)
+        self._restrict(None)
+        return self._run(self._inputs(batch), trunk, first_block)
+
+    def _run(self, inputs: Mapping[str, Any], trunk: Tensor | None, first_block: int) -> Tensor:
         if trunk is None:
             return self.body(**inputs).last_hidden_state
-        with self._swapped(range(first_block), _Resume(trunk)):
+        with self._swapped(range(first_block), Resume(trunk)):
             return self.body(**inputs).last_hidden_state
+
+    @cached_property
+    def _answer_position(self) -> AnswerPosition:
+        """The part of the last block that runs at the answer position alone, found on first use."""
+        generator = torch.Generator().manual_seed(0)
+        sample = torch.randn(1, PROBE_TOKENS, self.hidden_size, generator=generator).to(self.device, self.dtype)
+        tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=self.device)
+        inputs = self._inputs({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
+        bound, self._deltas = self._deltas, {}
+        try:
+            return AnswerPosition(
+                self.network, self.blocks, lambda rows: self._run(inputs, rows, len(self.blocks) - 1), sample
+            )
+        finally:
+            self._deltas = bound
+
+    def _restrict(self, positions: Tensor | None) -> None:
+        """Run the last block at one position a row where that changes nothing, or at all of them again."""
+        if positions is not None and self._by_position:
+            self._answer_position.restrict(positions, self._hooked.values())
+        elif "_answer_position" in vars(self):
+            self._answer_position.positions = None
 
     @cached_property
     def _blocks_return_tuples(self) -> bool:
@@ -166,6 +198,9 @@ class Backbone:
     def features(self, batch: Mapping[str, Tensor], *, trunk: Tensor | None = None, first_block: int = 0) -> Tensor:
         """Hidden state at the answer position: the last token that is not padding, left- or right-padded.
 
+        The last block computes its keys and values at all positions and the rest at this one, where the network's structure
+        and the bound draw allow it (`AnswerPosition`); under gradient checkpointing that holds until `release`.
+
         Args:
             batch: see `hidden_states`.
             trunk: see `hidden_states`.
@@ -174,10 +209,15 @@ class Backbone:
         Shape:
             ``(rows, hidden)``
         """
-        hidden = self.hidden_states(batch, trunk=trunk, first_block=first_block)
-        mask = batch["attention_mask"]
-        positions = torch.arange(mask.shape[1], device=mask.device)
-        last = (mask * positions).argmax(dim=1).to(hidden.device)
+        mask = batch["attention_mask"].to(self.device)
+        last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
+        self._restrict(last)
+        try:
+            hidden = self._run(self._inputs(batch), trunk, first_block)
+        finally:
+            # backward runs checkpointed blocks again, under whatever is bound then
+            if not recomputes((self.body, *self.blocks)):
+                self._restrict(None)
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
 
     @torch.no_grad()
@@ -193,7 +233,8 @@ class Backbone:
         Shape:
             ``(rows, tokens, hidden)``
         """
-        caught = _Catch()
+        caught = Catch()
+        self._restrict(None)
         bound, self._deltas = self._deltas, {}
         try:
             with self._swapped(range(first_block, len(self.blocks)), caught):
@@ -261,56 +302,11 @@ class Backbone:
         in_tuple = self._blocks_return_tuples
         try:
             for index in indices:
-                self.blocks[index] = _Passing(stand_in, in_tuple)
+                self.blocks[index] = Passing(stand_in, in_tuple)
             yield
         finally:
             for index, block in kept.items():
                 self.blocks[index] = block
-
-
-class _Passing(nn.Module):
-    """Stands in for a block: hands the hidden states to another module and ignores everything else."""
-
-    def __init__(self, stand_in: nn.Module, in_tuple: bool) -> None:
-        super().__init__()
-        self.stand_in, self.in_tuple = stand_in, in_tuple
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
-        passed = self.stand_in(hidden_states)
-        return (passed, None) if self.in_tuple else passed
-
-
-class _Catch(nn.Module):
-    """Keeps the first hidden states that pass through."""
-
-    first: Tensor
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        if not hasattr(self, "first"):
-            self.first = hidden_states
-        return hidden_states
-
-
-class _Resume(nn.Module):
-    """Returns stored hidden states whatever comes in."""
-
-    def __init__(self, stored: Tensor) -> None:
-        super().__init__()
-        self.stored = stored
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.stored.to(hidden_states.dtype)
-
-
-def _find_blocks(body: nn.Module) -> nn.ModuleList:
-    count = body.config.num_hidden_layers  # type: ignore[union-attr]
-    for _, module in body.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise ValueError(
-        f"{type(body).__name__} has no list of {count} blocks (config.num_hidden_layers); "
-        "pyrolora needs a transformer whose blocks are one nn.ModuleList."
-    )
 
 
 def native_dtype(device: torch.device | str = "cpu") -> torch.dtype:

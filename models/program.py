@@ -234,13 +234,17 @@ class BayesianModel:
                 deltas[path] = _sum_of(deltas[path], delta) if path in deltas else delta
         return deltas
 
+    def bind(self, draw: Mapping[str, Tensor]) -> None:
+        """Put a draw into the network until the next one or `release`."""
+        self.backbone.bind(self.deltas(draw), by_position=all(adapter.by_position for adapter in self.adapters))
+
     def row_logits(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Tensor:
         """Class logits of each row; a draw with a leading dimension of ``groups`` serves ``groups`` equal runs of rows.
 
         Shape:
             ``(rows, classes)``
         """
-        self.backbone.bind(self.deltas(draw))
+        self.bind(draw)
         trunk = batch.get("trunk")
         return self.head(batch, self._label_changes(draw), trunk, self.first_block if trunk is not None else 0)
 
@@ -254,7 +258,7 @@ class BayesianModel:
         Shape:
             ``(rows, hidden)``, in the sites' float type
         """
-        self.backbone.bind(self.deltas(draw))
+        self.bind(draw)
         trunk = batch.get("trunk")
         first_block = self.first_block if trunk is not None else 0
         return self.backbone.features(batch, trunk=trunk, first_block=first_block).to(self.backbone.site_dtype)
@@ -399,4 +403,6 @@ def _one_line(entry: Mapping[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+        return f"({', '.join(value)})"
     return f"{value:.4g}" if isinstance(value, float) else "[...]" if isinstance(value, list) else str(value)

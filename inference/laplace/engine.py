@@ -138,6 +138,11 @@ class Laplace:
                 f"online={self.online} moves learned prior scales, and that of {fixed[0]!r} is fixed. Declare "
                 "learned(0.1) there, or use precision='evidence', which leaves the estimate as it is."
             )
+        if self.online and (many := [name for name in names if model.prior.scales[name].dim()]):
+            raise ValueError(
+                f"online={self.online} finds one scale a site by the evidence, and {many[0]!r} has "
+                f"{model.prior.scales[many[0]].numel()}. Declare learned(0.1) without per= there, or fit with SVI."
+            )
         if self.online and estimate is not None:
             raise ValueError("online acts during the MAP fit, and an estimate was passed. Pass none, or set online=0.")
         self._check_sites(model, names)

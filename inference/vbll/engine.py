@@ -92,6 +92,10 @@ class VBLL(SVI):
                     f"Unknown {name} {value!r} for VBLL. Did you mean {nearest(str(value), valid)!r}? "
                     f"Choices: {', '.join(valid)}."
                 )
+        if self.width != "gradient":
+            raise ValueError(
+                f"VBLL integrates the last layer out, so no draws tell its curvature; got width={self.width!r}. Leave it out."
+            )
         if not self.head_learning_rate > 0:
             raise ValueError(f"head_learning_rate must be positive; got {self.head_learning_rate}. Try 0.02.")
         for name in ("head_steps", "objective_draws"):

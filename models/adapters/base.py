@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pyrolora.models.answer_position import every_position
 from pyrolora.models.backbones import Backbone, Delta
 from pyrolora.models.local import LocalWeight
 from pyrolora.models.naming import nearest
@@ -28,9 +29,13 @@ class Adapter(ABC):
     """
 
     registered: ClassVar[dict[str, type["Adapter"]]] = {}
+    # whether `deltas` map every position by itself, so that the last block may run at the answer alone
+    by_position: ClassVar[bool] = False
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # a promise about its own deltas, which a subclass does not inherit with other ones
+        cls.by_position = vars(cls).get("by_position", False)
         if not abstract:
             Adapter.registered[cls.__name__] = cls
 
@@ -190,10 +195,13 @@ class LinearTape:
     def __enter__(self) -> "LinearTape":
         """Record until the block ends."""
         self._token = _TAPE.set(self)
+        self._every = every_position()
+        self._every.__enter__()
         return self
 
     def __exit__(self, *details: Any) -> None:
         """Stop recording."""
+        self._every.__exit__(*details)
         _TAPE.reset(self._token)
 
 
