@@ -86,6 +86,7 @@ class BayesianModel:
         )
         self.label_ids: tuple[int, ...] = () if label_ids is None else tuple(label_ids)
         self.classes = None if label_ids is None else len(label_ids)
+        self.context_keys = tuple(dict.fromkeys(key for adapter in self.adapters for key in adapter.context_keys))
         self._adapter_sites = [adapter.sites(backbone, self.classes) for adapter in self.adapters]
         self.adapter_sites = SiteTable([site for sites in self._adapter_sites for site in sites])
         self.constants = self._make_constants() if constants is None else self._placed(constants)
@@ -224,9 +225,14 @@ class BayesianModel:
             figures.update(adapter.diagnostics(sites, draw))
         return figures
 
-    def deltas(self, draw: Mapping[str, Tensor]) -> dict[str, Delta]:
-        """What a draw adds to the output of each adapted projection; see `Adapter.deltas`."""
-        values = {**self.constants, **draw}
+    def deltas(self, draw: Mapping[str, Tensor], batch: Mapping[str, Tensor] | None = None) -> dict[str, Delta]:
+        """What a draw adds to the output of each adapted projection; see `Adapter.deltas`.
+
+        Args:
+            draw: site name -> value.
+            batch: what gates read, such as the batch of the forward that follows; None where no adapter has one.
+        """
+        values = {**self.constants, **self._context(batch), **draw}
         deltas: dict[str, Delta] = {}
         for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
             for path, delta in adapter.deltas(sites, values).items():
@@ -234,13 +240,20 @@ class BayesianModel:
                 deltas[path] = _sum_of(deltas[path], delta) if path in deltas else delta
         return deltas
 
+    def _context(self, batch: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        device, dtype = self.backbone.device, self.backbone.site_dtype
+        found = {key: batch[key] for key in self.context_keys if key in batch} if batch is not None else {}
+        return {
+            key: value.to(device, dtype if value.is_floating_point() else value.dtype) for key, value in found.items()
+        }
+
     def row_logits(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Tensor:
         """Class logits of each row; a draw with a leading dimension of ``groups`` serves ``groups`` equal runs of rows.
 
         Shape:
             ``(rows, classes)``
         """
-        self.backbone.bind(self.deltas(draw))
+        self.backbone.bind(self.deltas(draw, batch))
         trunk = batch.get("trunk")
         return self.head(batch, self._label_changes(draw), trunk, self.first_block if trunk is not None else 0)
 
@@ -254,7 +267,7 @@ class BayesianModel:
         Shape:
             ``(rows, hidden)``, in the sites' float type
         """
-        self.backbone.bind(self.deltas(draw))
+        self.backbone.bind(self.deltas(draw, batch))
         trunk = batch.get("trunk")
         first_block = self.first_block if trunk is not None else 0
         return self.backbone.features(batch, trunk=trunk, first_block=first_block).to(self.backbone.site_dtype)
@@ -304,8 +317,17 @@ class BayesianModel:
         if "trunk" not in batch and self.first_block > 0:
             batch = {**batch, "trunk": self.backbone.trunk(batch, self.first_block)}
         rows = batch["input_ids"].shape[0]
-        repeated = {key: batch[key].repeat(draws, *[1] * (batch[key].dim() - 1)) for key in ROW_KEYS if key in batch}
-        return self.row_logits(repeated, draw).unflatten(0, (draws, rows))
+        return self.row_logits(self.repeated(batch, draws), draw).unflatten(0, (draws, rows))
+
+    def repeated(self, batch: Mapping[str, Tensor], draws: int) -> dict[str, Tensor]:
+        """A batch with its rows once for each draw, all that the network and the adapters' gates read of it.
+
+        A context of no dimension, such as how far training is, is one for all rows.
+        """
+        kept = {key: batch[key] for key in (*ROW_KEYS, *self.context_keys) if key in batch}
+        return {
+            key: value.repeat(draws, *[1] * (value.dim() - 1)) if value.dim() else value for key, value in kept.items()
+        }
 
     def _count_draws(self, draw: Mapping[str, Tensor]) -> int:
         counts = {

@@ -30,7 +30,9 @@ def weight_change(delta: Delta, weight: Tensor) -> Tensor:
 
 
 @contextmanager
-def merged(model: "BayesianModel", draw: Mapping[str, Tensor]) -> Iterator[Any]:
+def merged(
+    model: "BayesianModel", draw: Mapping[str, Tensor], batch: Mapping[str, Tensor] | None = None
+) -> Iterator[Any]:
     """The network with one draw merged into its weights; afterwards every weight is bit by bit what it was.
 
     Usage::
@@ -44,15 +46,16 @@ def merged(model: "BayesianModel", draw: Mapping[str, Tensor]) -> Iterator[Any]:
     Args:
         model: the model.
         draw: site name -> value of the site's shape.
+        batch: one row of what gates read, for an adapter with a gate for each row; the merged network is for that row.
 
     Raises:
-        ValueError: an adapter that changes more than projections.
+        ValueError: an adapter that changes more than projections, or gates for no row or for several.
     """
     network = model.backbone.network
     kept: dict[str, Tensor] = {}
     model.release()
     try:
-        for path, delta in model.deltas(draw).items():
+        for path, delta in model.deltas(draw, batch).items():
             module: Any = network.get_submodule(path)
             if not isinstance(module, torch.nn.Linear):
                 raise ValueError(f"{path} is a {type(module).__name__}, and only nn.Linear can be merged into.")

@@ -117,9 +117,15 @@ class Adapter(ABC):
         Args:
             sites: what `sites` returned.
             draw: the model's constants by name, and site name -> value of the site's shape, or with one leading dimension
-                of ``groups`` draws; the rows of a batch are then ``groups`` equal runs, one for each draw.
+                of ``groups`` draws; the rows of a batch are then ``groups`` equal runs, one for each draw. Where the changes
+                are for a batch, also its entries called `context_keys`, repeated with the draws.
         """
         return {}
+
+    @property
+    def context_keys(self) -> tuple[str, ...]:
+        """Entries of a batch that `deltas` reads beside the draw, such as a representation that a gate is made from."""
+        return ()
 
     def label_change(self, draw: Mapping[str, Tensor]) -> Delta | None:
         """A function of the features that returns the change of the class logits, or None.
