@@ -18,6 +18,9 @@ from pyrolora.models.sites import Site
 if TYPE_CHECKING:
     from pyrolora.models.calibration import Calibration
 
+# entry of a training batch: the share of training that is done, a number from 0 to 1 for all rows
+PROGRESS = "progress"
+
 
 @dataclass(frozen=True)
 class Adapter(ABC):

@@ -21,10 +21,11 @@ from pyrolora.inference.nuts import NUTS
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.predictive import Predictive
 from pyrolora.inference.released import ReleasedBLoB
+from pyrolora.inference.retaining import QualityRetaining
 from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.svi import SVI
 from pyrolora.inference.vbll import VBLL
-from pyrolora.models.adapters import S2FT, Adapter, CorDA, FullRank, LastLayer, LoRA, PiSSA, PoLAR, QPiSSA
+from pyrolora.models.adapters import S2FT, Adapter, CorDA, FullRank, LastLayer, LoRA, MoEfiedLoRA, PiSSA, PoLAR, QPiSSA
 from pyrolora.models.backbones import Backbone, load_backbone
 from pyrolora.models.covariance import Covariance
 from pyrolora.models.moments import SecondMoments, second_moments
@@ -64,12 +65,14 @@ __all__ = [
     "LowRankPrecision",
     "MatrixNormal",
     "MeanField",
+    "MoEfiedLoRA",
     "PiSSA",
     "PoLAR",
     "Point",
     "Posterior",
     "Predictive",
     "QPiSSA",
+    "QualityRetaining",
     "Relative",
     "ReleasedBLoB",
     "Report",
