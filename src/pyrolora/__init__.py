@@ -17,6 +17,7 @@ from pyrolora.inference.evaluation.gold import compare_to_gold
 from pyrolora.inference.features import FeatureCache
 from pyrolora.inference.laplace import Laplace, LaplacePosterior
 from pyrolora.inference.map import MAP
+from pyrolora.inference.merging import merge
 from pyrolora.inference.nuts import NUTS
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.predictive import Predictive
@@ -87,6 +88,7 @@ __all__ = [
     "learned",
     "load_backbone",
     "logit_scale",
+    "merge",
     "merged",
     "second_moments",
     "task",

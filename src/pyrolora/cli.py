@@ -220,7 +220,9 @@ def evaluate_command(
                 f"{first.model.task.name!r}. Evaluate them apart."
             )
     foreign = {name: load_task(name).test for name in (ood.split(",") if ood else ())}
-    report = evaluate(posteriors, first.model.task.test, ood=foreign, draws=draws, progress=not quiet)
+    own = first.model.task
+    groups = getattr(own.format, "groups", ())
+    report = evaluate(posteriors, own.test, ood=foreign, groups=groups, draws=draws, progress=not quiet)
     typer.echo(report.to_markdown())
     if out is not None:
         report.save(out)

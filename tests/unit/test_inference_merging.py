@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForImageClassification, Dinov2Config, Dinov2Model
 
 from pyrolora.guides import MeanField
+from pyrolora.inference.evaluation import evaluate
 from pyrolora.inference.evaluation.retention import Retention, task_accuracies
 from pyrolora.inference.map import MAP
 from pyrolora.inference.merging import merge
@@ -98,6 +99,17 @@ class TestRetention:
         assert task_accuracies(probs, labels, task) == {"one": 0.5, "two": 0.5}
         assert task_accuracies(probs[:2], labels[:2], task) == {"one": 0.5}
         assert task_accuracies(probs, labels, three_shapes()) == {"three_shapes": 0.5}
+
+    def test_a_report_has_a_column_for_each_task(self, three_shapes_model, three_shapes):
+        task = three_shapes(groups=(("one", 1), ("two", 2)))
+        model = three_shapes_model(torch.float32, adapter=LastLayer(), task=task)
+        posterior = MAP(steps=6, learning_rate=0.05).fit(model, task.train, progress=False)
+        report = evaluate({"map": posterior}, task.test, groups=task.format.groups, progress=False)
+        found = posterior.predict(task.test)
+        expected = task_accuracies(found.mean_probs, found.labels, task)
+        for name, value in expected.items():
+            assert report.rows[0].metrics[f"accuracy_of/{name}"].value == pytest.approx(value)
+        assert "Accuracy of each task over the whole label space" in report.to_markdown()
 
     def test_what_is_lost_is_the_peak_minus_the_end(self, three_shapes_model, three_shapes, caplog):
         task = three_shapes(groups=(("one", 1), ("two", 2)))
