@@ -11,13 +11,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyrolora.models.answer_position import every_position
-from pyrolora.models.backbones import Backbone, Delta
+from pyrolora.models.backbones import Backbone, Delta, OutputGate
 from pyrolora.models.local import LocalWeight
 from pyrolora.models.naming import nearest
 from pyrolora.models.sites import Site
 
 if TYPE_CHECKING:
     from pyrolora.models.calibration import Calibration
+
+# entry of a training batch: the share of training that is done, a number from 0 to 1 for all rows
+PROGRESS = "progress"
 
 
 @dataclass(frozen=True)
@@ -122,9 +125,24 @@ class Adapter(ABC):
         Args:
             sites: what `sites` returned.
             draw: the model's constants by name, and site name -> value of the site's shape, or with one leading dimension
-                of ``groups`` draws; the rows of a batch are then ``groups`` equal runs, one for each draw.
+                of ``groups`` draws; the rows of a batch are then ``groups`` equal runs, one for each draw. Where the changes
+                are for a batch, also its entries called `context_keys`, repeated with the draws.
         """
         return {}
+
+    def gates(self, sites: Sequence[Site], draw: Mapping[str, Tensor]) -> dict[str, OutputGate]:
+        """For each gated projection, a function of its input and of its output after all changes; see `Backbone.bind`.
+
+        Args:
+            sites: what `sites` returned.
+            draw: see `deltas`.
+        """
+        return {}
+
+    @property
+    def context_keys(self) -> tuple[str, ...]:
+        """Entries of a batch that `deltas` and `gates` read beside the draw, such as what a gate is made from."""
+        return ()
 
     def label_change(self, draw: Mapping[str, Tensor]) -> Delta | None:
         """A function of the features that returns the change of the class logits, or None.
