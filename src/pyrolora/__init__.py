@@ -26,7 +26,20 @@ from pyrolora.inference.retaining import QualityRetaining
 from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.svi import SVI
 from pyrolora.inference.vbll import VBLL
-from pyrolora.models.adapters import S2FT, Adapter, CorDA, FullRank, LastLayer, LoRA, MoEfiedLoRA, PiSSA, PoLAR, QPiSSA
+from pyrolora.models.adapters import (
+    S2FT,
+    Adapter,
+    CorDA,
+    FullRank,
+    ItemProjector,
+    LastLayer,
+    LoRA,
+    MixtureLoRA,
+    MoEfiedLoRA,
+    PiSSA,
+    PoLAR,
+    QPiSSA,
+)
 from pyrolora.models.backbones import Backbone, load_backbone
 from pyrolora.models.covariance import Covariance
 from pyrolora.models.moments import SecondMoments, second_moments
@@ -58,6 +71,7 @@ __all__ = [
     "Flat",
     "FullCovariance",
     "FullRank",
+    "ItemProjector",
     "Laplace",
     "LaplacePosterior",
     "LastLayer",
@@ -66,6 +80,7 @@ __all__ = [
     "LowRankPrecision",
     "MatrixNormal",
     "MeanField",
+    "MixtureLoRA",
     "MoEfiedLoRA",
     "PiSSA",
     "PoLAR",
