@@ -193,9 +193,13 @@ class Guide(PyroModule):
 
     @torch.no_grad()
     def second_moments(self, sites: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Mean over each site's weights of E_q[w^2], as learned priors need it; by default of all sites."""
+        """E_q[w^2] of every weight, as learned priors need it; by default of all sites.
+
+        Shape:
+            site name -> the site's shape
+        """
         wanted = set(self.site_names if sites is None else sites)
-        return {name: factor.second_moment().mean() for name, factor in self.items() if name in wanted}
+        return {name: factor.second_moment() for name, factor in self.items() if name in wanted}
 
     def parameters_by_role(self) -> dict[str, list[nn.Parameter]]:
         """Parameters grouped into ``loc``, ``scale``, ``point`` and ``manifold``."""

@@ -108,9 +108,10 @@ class NUTS:
         start = {name: known[name] for name in model.sites if name in known and name != HEAD}
         cache = FeatureCache(self.feature_folder, self.batch_size)
         features = cache.features(model, start, encoded, progress=progress)
-        seen = HeadData.of(head, features.values, features.labels)
+        # a leapfrog step is a dozen products of small float64 matrices one after another: no work for an accelerator
+        seen = HeadData.of(head, features.values.cpu(), features.labels.cpu())
         white = Whitened.of(seen, *head.normal_prior())
-        with seeded(seed, model.backbone.device):
+        with seeded(seed):
             coordinates, divergences = self._sample(head, seen, white, progress)
             weights = _weights(white, coordinates)
         families: dict[str, Family] = {name: Point() for name in model.sites}

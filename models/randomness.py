@@ -12,13 +12,16 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
 
     Usage: ``with seeded(0, model.backbone.device): noise = torch.randn(3)``.
 
-    Seeding reaches every accelerator at once, so the state of the one that draws is put back as well as the CPU's.
-
     Args:
         seed: what to seed with.
         device: where numbers are drawn besides the CPU.
     """
     device = torch.device(device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    on_accelerator = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_accelerator else []):
+        # torch.manual_seed would reseed every accelerator, and those that were not forked would keep it
+        torch.default_generator.manual_seed(seed)
+        if on_accelerator:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield

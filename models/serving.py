@@ -49,11 +49,12 @@ def merged(
         batch: one row of what gates read, for an adapter with a gate for each row; the merged network is for that row.
 
     Raises:
-        ValueError: an adapter that changes more than projections, or gates for no row or for several.
+        ValueError: an adapter that changes more than projections, gates for no row or for several, or a gate of an output.
     """
     network = model.backbone.network
     kept: dict[str, Tensor] = {}
     model.release()
+    _refuse_gates(model, draw, batch)
     try:
         for path, delta in model.deltas(draw, batch).items():
             module: Any = network.get_submodule(path)
@@ -104,6 +105,9 @@ class Served:
                 f"{', '.join(backbone.name for backbone in backbones.values())}."
             )
         (self.backbone,) = backbones.values()
+        self.by_position = all(adapter.by_position for model in models.values() for adapter in model.adapters)
+        for name, model in models.items():
+            _refuse_gates(model, draws[name])
         self.deltas = {name: model.deltas(draws[name]) for name, model in models.items()}
 
     @contextmanager
@@ -118,7 +122,7 @@ class Served:
             if name is not None and name not in self.deltas:
                 raise ValueError(f"No adapter {name!r}. Did you mean {nearest(name, self.deltas)!r}?")
         paths = dict.fromkeys(path for name in runs if name is not None for path in self.deltas[name])
-        self.backbone.bind({path: self._routed(path, runs) for path in paths})
+        self.backbone.bind({path: self._routed(path, runs) for path in paths}, by_position=self.by_position)
         try:
             yield self.backbone
         finally:
@@ -135,6 +139,16 @@ class Served:
             return torch.cat(parts)
 
         return delta
+
+
+def _refuse_gates(
+    model: "BayesianModel", draw: Mapping[str, Tensor], batch: Mapping[str, Tensor] | None = None
+) -> None:
+    if gated := sorted(model.gates(draw, batch)):
+        raise ValueError(
+            f"The output of {gated[0]} goes through a gate that reads each token, which no weight can hold. Merge or serve "
+            "it once the gate has faded, or leave the adapter as it is."
+        )
 
 
 def _runs(names: Sequence[str | None]) -> dict[str | None, int]:

@@ -32,6 +32,8 @@ class Site:
             another one over its support is declared; such a site is a point unless a pattern gives it a guide.
         linear: whether every entry acts as the weight of one linear map and nothing else, which linearised predictions,
             curvature and noise for each token need.
+        transient: whether it leaves the likelihood before training ends, as a router that fades does; Laplace then keeps it
+            at the estimate unless it is named.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Site:
     hyper: bool = False
     prior: TorchDistribution | None = field(default=None, compare=False)
     linear: bool = True
+    transient: bool = False
 
     @property
     def numel(self) -> int:

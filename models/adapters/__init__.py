@@ -7,6 +7,7 @@ from pyrolora.models.adapters.item_projector import ItemProjector
 from pyrolora.models.adapters.last_layer import LastLayer
 from pyrolora.models.adapters.lora import LoRA
 from pyrolora.models.adapters.mixture import MixtureLoRA
+from pyrolora.models.adapters.moefied import MoEfiedLoRA
 from pyrolora.models.adapters.pissa import PiSSA
 from pyrolora.models.adapters.polar import PoLAR
 from pyrolora.models.adapters.quantised import QPiSSA
@@ -21,6 +22,7 @@ __all__ = [
     "LastLayer",
     "LoRA",
     "MixtureLoRA",
+    "MoEfiedLoRA",
     "PiSSA",
     "PoLAR",
     "QPiSSA",

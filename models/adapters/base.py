@@ -10,13 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pyrolora.models.backbones import Backbone, Delta
+from pyrolora.models.answer_position import every_position
+from pyrolora.models.backbones import Backbone, Delta, OutputGate
 from pyrolora.models.local import LocalWeight
 from pyrolora.models.naming import nearest
 from pyrolora.models.sites import Site
 
 if TYPE_CHECKING:
     from pyrolora.models.calibration import Calibration
+
+# entry of a training batch: the share of training that is done, a number from 0 to 1 for all rows
+PROGRESS = "progress"
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,13 @@ class Adapter(ABC):
     """
 
     registered: ClassVar[dict[str, type["Adapter"]]] = {}
+    # whether `deltas` map every position by itself, so that the last block may run at the answer alone
+    by_position: ClassVar[bool] = False
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # a promise about its own deltas, which a subclass does not inherit with other ones
+        cls.by_position = vars(cls).get("by_position", False)
         if not abstract:
             Adapter.registered[cls.__name__] = cls
 
@@ -122,9 +130,18 @@ class Adapter(ABC):
         """
         return {}
 
+    def gates(self, sites: Sequence[Site], draw: Mapping[str, Tensor]) -> dict[str, OutputGate]:
+        """For each gated projection, a function of its input and of its output after all changes; see `Backbone.bind`.
+
+        Args:
+            sites: what `sites` returned.
+            draw: see `deltas`.
+        """
+        return {}
+
     @property
     def context_keys(self) -> tuple[str, ...]:
-        """Entries of a batch that `deltas` reads beside the draw, such as a representation that a gate is made from."""
+        """Entries of a batch that `deltas` and `gates` read beside the draw, such as what a gate is made from."""
         return ()
 
     def local_draw(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -227,10 +244,13 @@ class LinearTape:
     def __enter__(self) -> "LinearTape":
         """Record until the block ends."""
         self._token = _TAPE.set(self)
+        self._every = every_position()
+        self._every.__enter__()
         return self
 
     def __exit__(self, *details: Any) -> None:
         """Stop recording."""
+        self._every.__exit__(*details)
         _TAPE.reset(self._token)
 
 
