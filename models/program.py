@@ -20,6 +20,7 @@ from pyrolora.models.constants import shared_constants
 from pyrolora.models.heads import LabelHead, OptionHead
 from pyrolora.models.likelihoods import mixed_logits, observe_labels
 from pyrolora.models.priors import Prior, PriorSpecification
+from pyrolora.models.site_text import table_of_sites
 from pyrolora.models.sites import Site, SiteTable
 from pyrolora.models.tasks import EncodedSplit, Split, Task, row_count
 
@@ -342,12 +343,7 @@ class BayesianModel:
         Shape:
             ``(rows, hidden)``, in the sites' float type
         """
-        values = {**self.constants, **self._context(batch), **draw}
-        if self._enumerated(values) is not None:
-            raise ValueError(
-                "A row has a feature vector for each expert of gate='categorical'. Use another gate for that."
-            )
-        self._bind(values)
+        self.bind(batch, draw)
         trunk = batch.get("trunk")
         first_block = self.first_block if trunk is not None else 0
         return self.backbone.features(batch, trunk=trunk, first_block=first_block).to(self.backbone.site_dtype)
@@ -430,7 +426,7 @@ class BayesianModel:
                 "Each row has a network for every expert of gate='categorical', which are mixed by class probabilities: it "
                 "has no features and writes no answer. Use another gate for that."
             )
-        self.backbone.bind(self._deltas(values))
+        self._bind(values)
 
     def release(self) -> None:
         """Forget the bound draw and the graph it holds."""
@@ -474,17 +470,7 @@ class BayesianModel:
 
     def site_table(self) -> str:
         """The sites as text: name, shape, dims, prior, number of weights."""
-        rows = [("site", "shape", "dims", "prior", "weights")]
-        described = self.prior.to_dict()
-        for name, site in self.sites.items():
-            prior = _one_line(described[name]) if name in described else "sampled by a prior"
-            rows.append((name, str(tuple(site.shape)), ", ".join(site.dims), prior, f"{site.numel:,}"))
-        total = sum(site.numel for site in self.sites.values())
-        rows.append(("total", "", "", "", f"{total:,}"))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
+        return table_of_sites(self.sites, self.prior.to_dict())
 
     def print_sites(self) -> None:
         """Print `site_table`, the twin of PEFT's ``print_trainable_parameters``."""
@@ -506,16 +492,3 @@ def _as_adapters(adapter: Adapter | Sequence[Adapter] | None) -> tuple[Adapter, 
     if not adapters:
         raise ValueError("The list of adapters is empty. Give one such as LoRA(rank=8), or leave it out for LoRA().")
     return adapters
-
-
-def _one_line(entry: Mapping[str, Any]) -> str:
-    settings = entry.get("parameters") or {key: value for key, value in entry.items() if key not in ("prior", "name")}
-    if entry["prior"] == "callable":
-        return f"{entry['name']}(site)"
-    return f"{entry['prior']}({', '.join(f'{key}={_short(value)}' for key, value in settings.items())})"
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
-        return f"({', '.join(value)})"
-    return f"{value:.4g}" if isinstance(value, float) else "[...]" if isinstance(value, list) else str(value)
