@@ -342,12 +342,7 @@ class BayesianModel:
         Shape:
             ``(rows, hidden)``, in the sites' float type
         """
-        values = {**self.constants, **self._context(batch), **draw}
-        if self._enumerated(values) is not None:
-            raise ValueError(
-                "A row has a feature vector for each expert of gate='categorical'. Use another gate for that."
-            )
-        self._bind(values)
+        self.bind(batch, draw)
         trunk = batch.get("trunk")
         first_block = self.first_block if trunk is not None else 0
         return self.backbone.features(batch, trunk=trunk, first_block=first_block).to(self.backbone.site_dtype)
@@ -430,7 +425,7 @@ class BayesianModel:
                 "Each row has a network for every expert of gate='categorical', which are mixed by class probabilities: it "
                 "has no features and writes no answer. Use another gate for that."
             )
-        self.backbone.bind(self._deltas(values))
+        self._bind(values)
 
     def release(self) -> None:
         """Forget the bound draw and the graph it holds."""
