@@ -14,6 +14,7 @@ candidates; shift is the groups that no adapter has seen.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,9 @@ from pyrolora.inference.evaluation.experiment import ExperimentConfig, compare
 from pyrolora.models.recommendation.interactions import Interactions
 from pyrolora.models.recommendation.item_network import fit_item_network, save_item_network
 from pyrolora.models.recommendation.preparation import SETTINGS, write_windows
+from pyrolora.models.recommendation.task import next_item_specs
 from pyrolora.models.recommendation.windows import Window
+from pyrolora.models.tasks import register
 
 ITEMS, HISTORY, CANDIDATES, FEATURES = 56, 5, 20, 16
 BASE_GROUPS, GROUPS, UNSEEN = range(0, 4), range(4, 12), range(12, 20)
@@ -97,6 +100,7 @@ def methods(steps: int, learning_rate: float) -> dict[str, dict[str, object]]:
         "prior": weak,
         "structure": "full",
         "precision": "declared",
+        "batch_size": 256,
         "sites": "gate.weight",
         "estimate": "ilora r8 k8",
         "adapter": f"MixtureLoRA({best})",
@@ -120,12 +124,15 @@ def main() -> None:
     data, network = options.out / "windows", options.out / "network"
     prepare(data, network, options.test_size, options.pretraining, options.device)
     known = methods(options.steps, options.learning_rate)
+    # one data set may stand among the foreign ones and among the shifted ones only under two names
+    unseen = next(spec for spec in next_item_specs() if spec.name == "next_item_tokens_unusual")
+    register(replace(unseen, name="unseen_groups"))
     config = ExperimentConfig(
         model=str(network),
         task="next_item_tokens",
         data_dir=str(data),
         ood=("next_item_tokens_unusual",),
-        shift=("next_item_tokens_unusual",),
+        shift=("unseen_groups",),
         methods=tuple(options.methods.split(",")) if options.methods else tuple(known),
         dtype="float32",
         device=options.device,
