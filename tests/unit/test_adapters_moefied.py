@@ -226,14 +226,13 @@ class TestFading:
 
     def test_training_moves_along_it(self, model):
         steps, seen = 8, []
-        gates = model.gates
+        bind = model.backbone.bind
 
-        def watched(draw, batch=None):
-            found = gates(draw, batch)
-            seen.append(next(iter(found.values())).fade if found else 1.0)
-            return found
+        def watched(deltas, gates, **settings):
+            seen.append(next(iter(gates.values())).fade if gates else 1.0)
+            bind(deltas, gates, **settings)
 
-        model.gates = watched
+        model.backbone.bind = watched
         MAP(steps=steps).fit(model, model.task.train, progress=False)
         assert seen == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]
 
