@@ -173,6 +173,8 @@ def main() -> None:
         methods=names,
         dtype="auto" if options.model else "float32",
         device=options.device,
+        # ten titles and twenty candidates, twice where they are also options
+        max_length=600,
         train_size=options.train_size,
         seeds=options.seeds,
         draws=options.draws,
