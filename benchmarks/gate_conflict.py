@@ -30,7 +30,6 @@ from pyrolora.models.tasks import register
 
 ITEMS, HISTORY, CANDIDATES, FEATURES = 56, 5, 20, 16
 BASE_GROUPS, GROUPS, UNSEEN = range(0, 4), range(4, 12), range(12, 20)
-TARGETS = "targets='all-linear'"
 
 
 def windows_of_groups(groups: range, count: int, seed: int) -> tuple[list[Window], torch.Tensor]:
@@ -75,16 +74,16 @@ def prepare(folder: Path, network: Path, test_size: int, pretraining: int, devic
         save_item_network(fit_item_network(base, ITEMS, hidden=64, layers=2, epochs=4, device=device), network)
 
 
-def methods(steps: int, learning_rate: float) -> dict[str, dict[str, object]]:
+def methods(steps: int, learning_rate: float, targets: list[str]) -> dict[str, dict[str, object]]:
     """Every method with its adapter, its prior and its posterior, in the order of the table."""
     flat = {"engine": "MAP", "prior": "Flat()", "steps": steps, "batch_size": 64, "learning_rate": learning_rate}
-    gated = "rank={}, alpha=16, experts={}, gate_features=16, " + TARGETS
+    gated = "rank={}, alpha=16, experts={}, gate_features=16, " + f"targets={targets!r}"
     weak = {"*.lora_*": "Flat()", "gate.weight": "Normal(0, 1)"}
     bayesian = {**flat, "engine": "SVI", "prior": weak, "kl_weight": 1.0}
     bayesian["guide"] = {"*.lora_*": "Point()", "gate.weight": "MeanField(init_scale=0.05)"}
     made: dict[str, dict[str, object]] = {}
     for rank in (4, 8):
-        made[f"lora r{rank}"] = {**flat, "adapter": f"LoRA(rank={rank}, alpha=16, {TARGETS})"}
+        made[f"lora r{rank}"] = {**flat, "adapter": f"LoRA(rank={rank}, alpha=16, targets={targets!r})"}
         for experts in (4, 8) if rank == 8 else (4,):
             mixture = gated.format(rank, experts)
             made[f"ilora r{rank} k{experts}"] = {**flat, "adapter": f"MixtureLoRA({mixture})"}
@@ -115,6 +114,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=350)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
+    parser.add_argument("--targets", default="q_proj,v_proj", help="few, so that the groups must share them")
     parser.add_argument("--draws", type=int, default=30)
     parser.add_argument("--test-size", type=int, default=2000)
     parser.add_argument("--pretraining", type=int, default=60_000, help="windows that the network is pretrained on")
@@ -123,7 +123,7 @@ def main() -> None:
     options = parser.parse_args()
     data, network = options.out / "windows", options.out / "network"
     prepare(data, network, options.test_size, options.pretraining, options.device)
-    known = methods(options.steps, options.learning_rate)
+    known = methods(options.steps, options.learning_rate, options.targets.split(","))
     # one data set may stand among the foreign ones and among the shifted ones only under two names
     unseen = next(spec for spec in next_item_specs() if spec.name == "next_item_tokens_unusual")
     register(replace(unseen, name="unseen_groups"))
