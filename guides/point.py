@@ -25,7 +25,12 @@ class Point(Family):
 
     def factor(self, site: Site, start: Tensor, prior: TorchDistribution) -> Factor:
         """See `Family.factor`."""
-        return PointFactor(site, start) if site.prior is None else ManifoldPointFactor(site, start)
+        try:
+            biject_to(site.support)
+        except NotImplementedError:
+            # a manifold proper: no unconstrained coordinates, so the engine's steps have to stay on it
+            return ManifoldPointFactor(site, start)
+        return PointFactor(site, start)
 
 
 class PointFactor(Factor):

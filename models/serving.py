@@ -1,6 +1,6 @@
 """Adapters merged into weights and taken out again, and several adapters on one network in one batch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,11 @@ def weight_change(delta: Delta, weight: Tensor) -> Tensor:
 
 @contextmanager
 def merged(
-    model: "BayesianModel", draw: Mapping[str, Tensor], batch: Mapping[str, Tensor] | None = None
+    model: "BayesianModel",
+    draw: Mapping[str, Tensor],
+    batch: Mapping[str, Tensor] | None = None,
+    *,
+    finish: Callable[[str, Tensor], Tensor] | None = None,
 ) -> Iterator[Any]:
     """The network with one draw merged into its weights; afterwards every weight is bit by bit what it was.
 
@@ -47,6 +51,8 @@ def merged(
         model: the model.
         draw: site name -> value of the site's shape.
         batch: one row of what gates read, for an adapter with a gate for each row; the merged network is for that row.
+        finish: function of a module's path and its merged weight that returns the weight to use, such as
+            `pyrolora.models.trimming.Trim.of`; None for the weight itself.
 
     Raises:
         ValueError: an adapter that changes more than projections, or gates for no row or for several.
@@ -63,7 +69,8 @@ def merged(
             kept[path] = module.weight.detach().clone()
             with torch.no_grad():
                 # added in the sites' type, so that the weight is rounded once
-                module.weight.copy_(module.weight.to(change.dtype) + change)
+                weight = module.weight.to(change.dtype) + change
+                module.weight.copy_(weight if finish is None else finish(path, weight))
         yield network
     finally:
         with torch.no_grad():

@@ -7,7 +7,8 @@ from pyrolora.models.adapters.last_layer import LastLayer
 from pyrolora.models.adapters.lora import LoRA
 from pyrolora.models.adapters.pissa import PiSSA
 from pyrolora.models.adapters.polar import PoLAR
+from pyrolora.models.adapters.pool import LoRAPool
 from pyrolora.models.adapters.quantised import QPiSSA
 from pyrolora.models.adapters.s2ft import S2FT
 
-__all__ = ["S2FT", "Adapter", "CorDA", "FullRank", "LastLayer", "LoRA", "PiSSA", "PoLAR", "QPiSSA"]
+__all__ = ["S2FT", "Adapter", "CorDA", "FullRank", "LastLayer", "LoRA", "LoRAPool", "PiSSA", "PoLAR", "QPiSSA"]

@@ -24,7 +24,7 @@ from pyrolora.inference.released import ReleasedBLoB
 from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.svi import SVI
 from pyrolora.inference.vbll import VBLL
-from pyrolora.models.adapters import S2FT, Adapter, CorDA, FullRank, LastLayer, LoRA, PiSSA, PoLAR, QPiSSA
+from pyrolora.models.adapters import S2FT, Adapter, CorDA, FullRank, LastLayer, LoRA, LoRAPool, PiSSA, PoLAR, QPiSSA
 from pyrolora.models.backbones import Backbone, load_backbone
 from pyrolora.models.covariance import Covariance
 from pyrolora.models.moments import SecondMoments, second_moments
@@ -59,6 +59,7 @@ __all__ = [
     "LaplacePosterior",
     "LastLayer",
     "LoRA",
+    "LoRAPool",
     "LowRank",
     "LowRankPrecision",
     "MatrixNormal",
