@@ -196,7 +196,10 @@ class BayesianModel:
         Returns:
             Adapter site name -> value; a handler such as noise scopes may add a leading dimension of draws.
         """
-        return {name: pyro.sample(name, self.prior(site)) for name, site in self.adapter_sites.items()}
+        drawn: dict[str, Tensor] = {}
+        for name, site in self.adapter_sites.items():
+            drawn[name] = pyro.sample(name, self.prior(site, drawn))
+        return drawn
 
     def __call__(self, batch: Mapping[str, Tensor], num_data: int | None = None) -> Tensor:
         """The Pyro program.

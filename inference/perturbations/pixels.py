@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch.nn import functional
 from pyrolora.models.naming import nearest
 
 STARTS = ("uniform", "normal", "zero")
+# resolution of each level and what multiplies it
+Levels: TypeAlias = list[tuple[tuple[int, int], float]]
 # standard deviation of a normal start, in units of the pixel range
 NORMAL_START = 1e-3
 
@@ -23,7 +26,9 @@ class PGD:
         attack = PGD(epsilon=8 / 255, steps=10, step_size=0.8 / 255)
         attacked = attack(images, cross_entropy_objective(predict, labels), generator)
 
-    Each step moves every pixel by ``step_size`` along the sign of the gradient; no parameter collects a gradient.
+    Each step moves every pixel by ``step_size`` along the sign of the gradient and projects it to the box and the pixel range;
+    no parameter collects a gradient. Gradients pass the edges of the range as if they were not there: cut off, they would
+    never bring back a black pixel that a random start made blacker.
 
     Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018, section 2.1.
 
@@ -58,7 +63,7 @@ class PGD:
                 f"Unknown start {self.start!r}. Did you mean {nearest(self.start, STARTS)!r}? Starts: {', '.join(STARTS)}."
             )
 
-    def levels(self, images: Tensor) -> list[tuple[tuple[int, int], float]]:
+    def levels(self, images: Tensor) -> Levels:
         """Resolutions of the perturbation and what multiplies each; here the images' own, once."""
         return [((images.shape[-2], images.shape[-1]), 1.0)]
 
@@ -84,9 +89,9 @@ class PGD:
         """
         check_images(images)
         levels = self.levels(images)
-        deltas = [self._start(images, size, generator) for size, _ in levels]
         if self.epsilon == 0:
             return images.detach().clone()
+        deltas = self._in_range(images, [self._start(images, size, generator) for size, _ in levels], levels)
         step = self.epsilon / 2 if self.step_size is None else self.step_size
         for _ in range(self.steps):
             leaves = [delta.requires_grad_() for delta in deltas]
@@ -97,6 +102,7 @@ class PGD:
                 (delta.detach() + step * gradient.sign()).clamp(-self.epsilon, self.epsilon)
                 for delta, gradient in zip(leaves, gradients, strict=True)
             ]
+            deltas = self._in_range(images, deltas, levels)
         return self._moved(images, deltas, levels).detach()
 
     def _start(self, images: Tensor, size: tuple[int, int], generator: torch.Generator | None) -> Tensor:
@@ -110,15 +116,37 @@ class PGD:
             start = self.epsilon * (2 * torch.rand(shape, generator=generator, device=device) - 1)
         return start.clamp(-self.epsilon, self.epsilon).to(images)
 
-    def _moved(self, images: Tensor, deltas: list[Tensor], levels: list[tuple[tuple[int, int], float]]) -> Tensor:
+    def _in_range(self, images: Tensor, deltas: list[Tensor], levels: Levels) -> list[Tensor]:
+        """The pixels' own level, last, cut to where it has an effect."""
+        below = self._moved(images, deltas[:-1], levels[:-1])
+        return [*deltas[:-1], (below + deltas[-1]).clamp(0, 1) - below]
+
+    def _moved(self, images: Tensor, deltas: list[Tensor], levels: Levels) -> Tensor:
         """Images plus every level's blocks, cut to the pixel range after each."""
         moved, size = images, (images.shape[-2], images.shape[-1])
         for delta, (level, multiplier) in zip(deltas, levels, strict=True):
             blocks = delta
             if level != size:
                 blocks = functional.interpolate(delta.flatten(0, -4), size=size, mode="nearest").view_as(images)
-            moved = (moved + multiplier * blocks).clamp(0, 1)
+            moved = _cut(moved + multiplier * blocks)
         return moved
+
+
+class _Cut(torch.autograd.Function):
+    """Cut to [0, 1] with the gradient of the identity."""
+
+    @staticmethod
+    def forward(context: Any, images: Tensor) -> Tensor:
+        return images.clamp(0, 1)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def _cut(images: Tensor) -> Tensor:
+    cut: Any = _Cut.apply
+    return cut(images)
 
 
 @dataclass(frozen=True)
@@ -158,7 +186,7 @@ class PyramidPGD(PGD):
                 f"Blocks must be at least 1 and multipliers positive; got {self.blocks} and {self.multipliers}."
             )
 
-    def levels(self, images: Tensor) -> list[tuple[tuple[int, int], float]]:
+    def levels(self, images: Tensor) -> Levels:
         """See `PGD.levels`."""
         height, width = images.shape[-2:]
         coarse = [

@@ -55,6 +55,12 @@ class TestPixels:
         expected = (images + 0.02 * direction.sign()).clamp(0, 1)
         torch.testing.assert_close(attacked, expected, atol=1e-7, rtol=0)
 
+    def test_a_start_beyond_the_range_does_not_hold_a_pixel_there(self):
+        black = torch.zeros(1, 1, 8, 8)
+        for attack in (PGD(0.1, steps=4), PyramidPGD(0.01, steps=4)):
+            attacked = attack(black, lambda batch: batch.sum(), seeded())
+            torch.testing.assert_close(attacked, torch.full_like(black, attack.reach(black)), atol=1e-6, rtol=0)
+
     def test_the_loss_rises_with_steps_and_more_than_by_noise(self, images, labels, predict):
         objective = cross_entropy_objective(predict, labels)
         clean = objective(images)
