@@ -42,6 +42,7 @@ class StepStats:
         grad_norm: Euclidean norm of all gradients.
         orthogonality_error: of `PoLAR`, the largest ``|X'X - I|_F`` after the step; None without such factors.
         stable_rank: of `PoLAR`, the mean stable rank of the cores after the step; None without them.
+        adversarial: of `MetaTuning`, the weighted divergence of attacked rows, nats per example; None without an attack.
     """
 
     step: int
@@ -51,6 +52,7 @@ class StepStats:
     grad_norm: float
     orthogonality_error: float | None = None
     stable_rank: float | None = None
+    adversarial: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, ready for JSON; what does not apply is left out."""

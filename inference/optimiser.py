@@ -1,7 +1,8 @@
 """Adam over a guide's parameters, whole or only the entries of the blocks that are being trained."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class GuideAdam:
         rates: learning rate of each role, or of one site's role under ``"<site>/<role>"``.
         plan: the blocks of each interval, or None to train everything.
         manifold_step: how parameters in the role ``"manifold"`` move; which ones they are is filled in here.
+        make: makes another torch optimiser in Adam's place, from groups of parameters.
 
     Raises:
         ValueError: a site of the schedule whose posterior is not a stack of independent blocks.
@@ -52,11 +54,12 @@ class GuideAdam:
         rates: Mapping[str, float],
         plan: BlockPlan | None = None,
         manifold_step: RiemannianStep | None = None,
+        make: Callable[..., torch.optim.Optimizer] = partial(torch.optim.Adam, foreach=True),
     ) -> None:
         self.plan = plan
         groups = _groups(guide, rates)
         self.parameters: list[nn.Parameter] = [parameter for _, _, members in groups for parameter in members]
-        self.adam = torch.optim.Adam([{"params": members, "lr": rate} for _, rate, members in groups], foreach=True)
+        self.adam = make([{"params": members, "lr": rate} for _, rate, members in groups])
         self.peak_rates = [rate for _, rate, _ in groups]
         self._group_of = [number for number, (_, _, members) in enumerate(groups) for _ in members]
         self._roles = [role for role, _, members in groups for _ in members]

@@ -27,7 +27,9 @@ from pyrolora.inference.noise import TOKEN_SCOPES, NoiseMessenger, TemperMesseng
 from pyrolora.inference.optimiser import GuideAdam
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.riemannian import RiemannianStep
+from pyrolora.inference.schedules import BlockPlan
 from pyrolora.models.active_entries import ActiveEntries
+from pyrolora.models.likelihoods import ADVERSARIAL, OBSERVED
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.stiefel import project
 from pyrolora.models.tasks import EncodedSplit, Split
@@ -72,7 +74,7 @@ class TrainingRun:
         schedule = engine.schedule
         plan = None if schedule is None else schedule.plan(model.sites, model.backbone, self.seed)
         manifold_step = RiemannianStep((), engine.manifold_step, engine.retraction, engine.landing_penalty)
-        self.optimiser = GuideAdam(self.guide, self._rates(), plan, manifold_step)
+        self.optimiser = self._make_optimiser(plan, manifold_step)
         self.parameters: list[Tensor] = list(self.optimiser.parameters)
         self.noisy_sites = frozenset(name for name in self.guide.site_names if self._is_noisy(name))
         if engine.noise in TOKEN_SCOPES:
@@ -92,6 +94,9 @@ class TrainingRun:
         if engine.checkpoint is not None and checkpoint.exists(engine.checkpoint):
             checkpoint.restore(self, engine.checkpoint)
             logger.info("Resuming at step %d from %s", self.step, engine.checkpoint)
+
+    def _make_optimiser(self, plan: BlockPlan | None, manifold_step: RiemannianStep) -> GuideAdam:
+        return GuideAdam(self.guide, self._rates(), plan, manifold_step)
 
     def _is_noisy(self, name: str) -> bool:
         factor = dict(self.guide.items())[name]
@@ -190,8 +195,9 @@ class TrainingRun:
         self.step += 1
         self._average()
         nll = self.elbo.terms["label"]
-        kl = sum(value for name, value in self.elbo.terms.items() if name != "label") / engine.kl_weight
-        stats = StepStats(self.step, loss, nll, kl, norm, **self.model.diagnostics(self.guide.mean()))
+        kl = sum(value for name, value in self.elbo.terms.items() if name not in OBSERVED) / engine.kl_weight
+        figures = self.model.diagnostics(self.guide.mean())
+        stats = StepStats(self.step, loss, nll, kl, norm, adversarial=self.elbo.terms.get(ADVERSARIAL), **figures)
         self.history.append(stats)
         self.consistent = True
         return stats

@@ -151,6 +151,13 @@ class BayesianModel:
             scales.update(adapter.relative_scales(self.backbone, sites, self.constants, ratio))
         return scales
 
+    def centres(self) -> dict[str, Tensor]:
+        """What makes the factors themselves of sites that are changes of them; see `Adapter.centres`."""
+        found: dict[str, Tensor] = {}
+        for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
+            found.update(adapter.centres(sites, self.constants))
+        return found
+
     def _discover(self) -> SiteTable:
         """All latent sites in program order: adapter sites and whatever a callable prior samples."""
         start = self.initial(torch.Generator().manual_seed(0))

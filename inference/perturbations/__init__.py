@@ -1,10 +1,16 @@
 """Worst cases close by: perturbed pixels and perturbed weights."""
 
-from pyrolora.inference.perturbations.objectives import cross_entropy_objective, divergence, divergence_objective
+from pyrolora.inference.perturbations.objectives import (
+    DIRECTIONS,
+    cross_entropy_objective,
+    divergence,
+    divergence_objective,
+)
 from pyrolora.inference.perturbations.pixels import PGD, PyramidPGD
 from pyrolora.inference.perturbations.weights import MODES, PerturbedSites, WeightPerturbation
 
 __all__ = [
+    "DIRECTIONS",
     "MODES",
     "PGD",
     "PerturbedSites",

@@ -79,6 +79,18 @@ class Adapter(ABC):
         """
         return {}
 
+    def centres(self, sites: Sequence[Site], constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is added to a site's value to make the factor itself, for sites that are changes; nothing for most.
+
+        Args:
+            sites: what `sites` returned.
+            constants: what `constants` returned.
+
+        Returns:
+            Site name -> tensor of the site's shape.
+        """
+        return {}
+
     def relative_scales(
         self, backbone: Backbone, sites: Sequence[Site], constants: Mapping[str, Tensor], ratio: float
     ) -> dict[str, Tensor]:

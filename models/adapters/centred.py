@@ -102,6 +102,16 @@ class CentredLowRank(LoRA, abstract=True):
                 changes[path] = _CentredDelta(*start, downs[entry], ups[entry], self.scaling, inner, names, entry, gate)
         return changes
 
+    def centres(self, sites: Sequence[Site], constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `Adapter.centres`: A0 and B0, except where B itself is the site."""
+        found = {}
+        for site in _of_a(sites):
+            a, b = (constants[name] for name in start_names(site))
+            found[site.name] = a
+            if self.form == "difference":
+                found[up_name(site)] = b
+        return {} if self.form == "subspace" else found
+
     def relative_scales(
         self, backbone: Backbone, sites: Sequence[Site], constants: Mapping[str, Tensor], ratio: float
     ) -> dict[str, Tensor]:

@@ -140,15 +140,20 @@ class LoRAPool(PiSSA):
             )
         return over_rank(weights, self.members * self.rank)
 
+    def centres(self, sites: Sequence[Site], constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `Adapter.centres`: one start for all members."""
+        return {name: self._for_members(name, start) for name, start in super().centres(sites, constants).items()}
+
+    def _for_members(self, name: str, value: Tensor) -> Tensor:
+        """A member's values side by side along the rank, once for each member."""
+        return value.repeat(1, self.members, 1) if name.endswith("lora_A") else value.repeat(1, 1, self.members)
+
     def relative_scales(
         self, backbone: Backbone, sites: Sequence[Site], constants: Mapping[str, Tensor], ratio: float
     ) -> dict[str, Tensor]:
         """See `CentredLowRank.relative_scales`: of every member alone; a merge has ``sum_i zeta_i^2`` times the variance."""
         scales = super().relative_scales(backbone, sites, constants, ratio)
-        return {
-            name: scale.repeat(1, self.members, 1) if name.endswith("lora_A") else scale.repeat(1, 1, self.members)
-            for name, scale in scales.items()
-        }
+        return {name: self._for_members(name, scale) for name, scale in scales.items()}
 
     def as_lora(
         self, sites: Sequence[Site], draw: Mapping[str, Tensor], constants: Mapping[str, Tensor]
