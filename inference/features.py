@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from pyrolora.inference.digests import data_digest, tensor_digest
 from pyrolora.models.atomic import replacing
-from pyrolora.models.backbones import cache_folder
+from pyrolora.models.cache import cache_folder
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import EncodedSplit, Split
 

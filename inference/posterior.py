@@ -28,7 +28,7 @@ from pyrolora.inference.token_noise import TokenNoise, token_methods
 from pyrolora.models.adapters.last_layer import HEAD
 from pyrolora.models.naming import nearest
 from pyrolora.models.program import BayesianModel
-from pyrolora.models.tasks import EncodedSplit, Split
+from pyrolora.models.tasks import EncodedSplit, Split, row_count
 from pyrolora.models.trunk import TrunkCache
 
 
@@ -149,7 +149,7 @@ class Posterior:
                 f"A tolerance must be positive and needs kind='mc'; got {tolerance} with kind={kind!r}. Try 0.005."
             )
         if isinstance(data, Mapping):
-            rows = data["input_ids"].shape[0]
+            rows = row_count(data)
             batches: list[Batch] = [{**data, "index": torch.arange(rows)}]
             labels = data.get("labels")
         else:

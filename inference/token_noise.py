@@ -11,6 +11,7 @@ from pyrolora.guides.local import local_weight
 from pyrolora.inference.noise import TOKEN_SCOPES
 from pyrolora.inference.predictive import ROWS_AT_ONCE
 from pyrolora.models.program import BayesianModel
+from pyrolora.models.tasks import row_count
 
 
 def token_methods(guide: Guide, model: BayesianModel) -> tuple[str, ...]:
@@ -56,7 +57,7 @@ class TokenNoise:
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Class probabilities, ``(draws, rows, classes)``."""
-        rows = batch["input_ids"].shape[0]
+        rows = row_count(batch)
         at_once = max(1, self.rows_at_once // rows)
         device = self.model.backbone.device
         chunks = []

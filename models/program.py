@@ -12,22 +12,24 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyrolora.models.adapters.base import Adapter
+from pyrolora.models.adapters.last_layer import LastLayer
 from pyrolora.models.adapters.lora import LoRA
-from pyrolora.models.backbones import Backbone, Delta
+from pyrolora.models.backbones import Backbone, Delta, OutputGate
 from pyrolora.models.calibration import Calibration
 from pyrolora.models.constants import shared_constants
 from pyrolora.models.heads import LabelHead, OptionHead
 from pyrolora.models.likelihoods import observe_labels
 from pyrolora.models.priors import Prior, PriorSpecification
 from pyrolora.models.sites import Site, SiteTable
-from pyrolora.models.tasks import EncodedSplit, Split, Task, encode
+from pyrolora.models.tasks import EncodedSplit, Split, Task, row_count
 
 # features whose mean square length calibrates a prior in logit units, and how many of them at once
 CALIBRATION_ROWS, CALIBRATION_BATCH = 256, 32
 
 # what a batch may hold besides tensors with one row an example
 ROW_KEYS = (
-    "input_ids", "attention_mask", "position_ids", "segment_ids", "scored", "option_mask", "option_lengths", "trunk",
+    "input_ids", "pixel_values", "attention_mask", "position_ids", "segment_ids", "scored", "option_mask",
+    "option_lengths", "trunk",
 )  # fmt: skip
 
 
@@ -48,7 +50,7 @@ class BayesianModel:
     Args:
         backbone: the frozen network; several models may share it.
         task: prompts, labels and splits.
-        adapter: one adapter or several.
+        adapter: one adapter or several. Where the task shows images, `LastLayer` is added if it is not among them.
         prior: a distribution, `Flat`, `learned`, a callable from site to distribution, or ``{glob pattern: one of these}``.
         num_data: rows of the data set that scale the likelihood; default the task's training split.
         max_length: longest prompt in tokens.
@@ -76,7 +78,15 @@ class BayesianModel:
         self.max_length = max_length
         self._mean_square: float | None = None
         self.num_data = len(task.train) if num_data is None else num_data
-        label_ids = task.format.label_ids(backbone.tokenizer) if task.format.kind == "label" else None
+        if task.format.kind not in backbone.formats:
+            raise ValueError(
+                f"The task {task.name!r} shows {'images' if task.format.kind == 'image' else 'text'}, which "
+                f"{backbone.name!r} does not read. Use a vision transformer for images, and a language model for text."
+            )
+        if task.format.kind == "image" and not any(isinstance(one, LastLayer) for one in self.adapters):
+            # classes of images have no words: without a head all logits would stay zero
+            self.adapters = (*self.adapters, LastLayer())
+        label_ids = None if task.format.kind == "option" else task.format.label_ids(backbone.tokenizer)
         self.head: LabelHead | OptionHead = (
             OptionHead(backbone)
             if label_ids is None
@@ -250,6 +260,27 @@ class BayesianModel:
                 deltas[path] = _sum_of(deltas[path], delta) if path in deltas else delta
         return deltas
 
+    def gates(self, draw: Mapping[str, Tensor], batch: Mapping[str, Tensor] | None = None) -> dict[str, OutputGate]:
+        """What a draw makes of the changed outputs of projections; see `Adapter.gates`.
+
+        Args:
+            draw: site name -> value.
+            batch: see `deltas`.
+
+        Raises:
+            ValueError: two adapters gate one projection.
+        """
+        values = {**self.constants, **self._context(batch), **draw}
+        gates: dict[str, OutputGate] = {}
+        for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
+            for path, gate in adapter.gates(sites, values).items():
+                if path in gates:
+                    raise ValueError(
+                        f"Two adapters gate the output of {path}; give them other layers, or leave one out."
+                    )
+                gates[path] = gate
+        return gates
+
     def _context(self, batch: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         device, dtype = self.backbone.device, self.backbone.site_dtype
         found = {key: batch[key] for key in self.context_keys if key in batch} if batch is not None else {}
@@ -263,7 +294,7 @@ class BayesianModel:
         Shape:
             ``(rows, classes)``
         """
-        self.backbone.bind(self.deltas(draw, batch))
+        self.backbone.bind(self.deltas(draw, batch), self.gates(draw, batch))
         trunk = batch.get("trunk")
         return self.head(batch, self._label_changes(draw), trunk, self.first_block if trunk is not None else 0)
 
@@ -277,7 +308,7 @@ class BayesianModel:
         Shape:
             ``(rows, hidden)``, in the sites' float type
         """
-        self.backbone.bind(self.deltas(draw, batch))
+        self.backbone.bind(self.deltas(draw, batch), self.gates(draw, batch))
         trunk = batch.get("trunk")
         first_block = self.first_block if trunk is not None else 0
         return self.backbone.features(batch, trunk=trunk, first_block=first_block).to(self.backbone.site_dtype)
@@ -326,7 +357,7 @@ class BayesianModel:
         draws = self._count_draws(draw)
         if "trunk" not in batch and self.first_block > 0:
             batch = {**batch, "trunk": self.backbone.trunk(batch, self.first_block)}
-        rows = batch["input_ids"].shape[0]
+        rows = row_count(batch)
         return self.row_logits(self.repeated(batch, draws), draw).unflatten(0, (draws, rows))
 
     def repeated(self, batch: Mapping[str, Tensor], draws: int) -> dict[str, Tensor]:
@@ -385,7 +416,7 @@ class BayesianModel:
                     f"{self.task.name!r}. Pass the split itself, and the model encodes it."
                 )
             return data
-        return encode(data, self.task.format, self.backbone.tokenizer, max_length=self.max_length)
+        return self.backbone.encode(data, self.task.format, self.max_length)
 
     def site_table(self) -> str:
         """The sites as text: name, shape, dims, prior, number of weights."""

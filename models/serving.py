@@ -55,11 +55,12 @@ def merged(
             `pyrolora.models.trimming.Trim.of`; None for the weight itself.
 
     Raises:
-        ValueError: an adapter that changes more than projections, or gates for no row or for several.
+        ValueError: an adapter that changes more than projections, gates for no row or for several, or a gate of an output.
     """
     network = model.backbone.network
     kept: dict[str, Tensor] = {}
     model.release()
+    _refuse_gates(model, draw, batch)
     try:
         for path, delta in model.deltas(draw, batch).items():
             module: Any = network.get_submodule(path)
@@ -111,6 +112,8 @@ class Served:
                 f"{', '.join(backbone.name for backbone in backbones.values())}."
             )
         (self.backbone,) = backbones.values()
+        for name, model in models.items():
+            _refuse_gates(model, draws[name])
         self.deltas = {name: model.deltas(draws[name]) for name, model in models.items()}
 
     @contextmanager
@@ -142,6 +145,16 @@ class Served:
             return torch.cat(parts)
 
         return delta
+
+
+def _refuse_gates(
+    model: "BayesianModel", draw: Mapping[str, Tensor], batch: Mapping[str, Tensor] | None = None
+) -> None:
+    if gated := sorted(model.gates(draw, batch)):
+        raise ValueError(
+            f"The output of {gated[0]} goes through a gate that reads each token, which no weight can hold. Merge or serve "
+            "it once the gate has faded, or leave the adapter as it is."
+        )
 
 
 def _runs(names: Sequence[str | None]) -> dict[str | None, int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pyrolora.models.backbones import Backbone, Delta
+from pyrolora.models.backbones import Backbone, Delta, OutputGate
 from pyrolora.models.local import LocalWeight
 from pyrolora.models.naming import nearest
 from pyrolora.models.sites import Site
@@ -134,9 +134,18 @@ class Adapter(ABC):
         """
         return {}
 
+    def gates(self, sites: Sequence[Site], draw: Mapping[str, Tensor]) -> dict[str, OutputGate]:
+        """For each gated projection, a function of its input and of its output after all changes; see `Backbone.bind`.
+
+        Args:
+            sites: what `sites` returned.
+            draw: see `deltas`.
+        """
+        return {}
+
     @property
     def context_keys(self) -> tuple[str, ...]:
-        """Entries of a batch that `deltas` reads beside the draw, such as a representation that a gate is made from."""
+        """Entries of a batch that `deltas` and `gates` read beside the draw, such as what a gate is made from."""
         return ()
 
     def label_change(self, draw: Mapping[str, Tensor]) -> Delta | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -86,7 +86,7 @@ class EncodedSplit:
 
     Args:
         name: task and split, for messages.
-        kind: "label" or "option".
+        kind: "label", "option" or "image".
         rows: token ids of each example.
         labels: class, or position of the right option, of each example.
         classes: number of classes, or K.
@@ -96,7 +96,7 @@ class EncodedSplit:
     """
 
     name: str
-    kind: Literal["label", "option"]
+    kind: Literal["label", "option", "image"]
     rows: tuple[EncodedRow, ...]
     labels: Tensor
     classes: int
@@ -127,7 +127,7 @@ class EncodedSplit:
             raise ValueError(
                 f"{self.name} has the labels {found}, expected 0 to {self.classes - 1}; use the task's own format."
             )
-        if self.kind == "label" and len(found) == 1:
+        if self.kind != "option" and len(found) == 1:
             raise ValueError(
                 f"{self.name} has one class only ({found[0]}) in {len(self)} examples; a classifier needs "
                 "two or more. "
@@ -265,6 +265,11 @@ class EncodedSplit:
             begin = width - len(entries) if self.padding == "left" else 0
             padded[place, begin : begin + len(entries)] = torch.tensor(entries, dtype=dtype)
         return padded
+
+
+def row_count(batch: Mapping[str, Tensor]) -> int:
+    """Number of examples of a batch of texts or of images."""
+    return batch["input_ids" if "input_ids" in batch else "pixel_values"].shape[0]
 
 
 def _check_size(size: int) -> None:

@@ -33,6 +33,7 @@ from pyrolora.models.program import BayesianModel
 from pyrolora.models.serving import Served, merged
 from pyrolora.models.sites import Site
 from pyrolora.models.tasks import task
+from pyrolora.models.vision import VisionBackbone
 
 __version__ = "0.1.0"
 
@@ -77,6 +78,7 @@ __all__ = [
     "Served",
     "Site",
     "StepStats",
+    "VisionBackbone",
     "build_guide",
     "compare_to_gold",
     "evaluate",
