@@ -32,7 +32,7 @@ from pyrolora.models.active_entries import ActiveEntries
 from pyrolora.models.likelihoods import ADVERSARIAL, OBSERVED
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.stiefel import project
-from pyrolora.models.tasks import EncodedSplit, Split, row_count
+from pyrolora.models.tasks import EncodedSplit, Split, independent_rows
 from pyrolora.models.trunk import TrunkCache
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ class TrainingRun:
         """A model or guide under this fit's temperature and noise."""
         scopes: list[Messenger] = [TemperMessenger(len(self.data), self.engine.kl_weight)]
         if self.engine.noise == "example" and self.noisy_sites:
-            scopes.append(NoiseMessenger(self.noisy_sites, row_count(batch)))
+            scopes.append(NoiseMessenger(self.noisy_sites, independent_rows(batch)))
         elif self.engine.noise in TOKEN_SCOPES and self.noisy_sites:
             scopes.append(TokenMessenger(self.noisy_sites, self.engine.noise))
         for scope in scopes:

@@ -1,6 +1,7 @@
 """The Pyro program: sites with priors, a frozen backbone, and labels observed in a data plate."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -20,8 +21,9 @@ from pyrolora.models.constants import shared_constants
 from pyrolora.models.heads import LabelHead, OptionHead
 from pyrolora.models.likelihoods import observe_labels
 from pyrolora.models.priors import Prior, PriorSpecification
+from pyrolora.models.prototype_head import PrototypeHead
 from pyrolora.models.sites import Site, SiteTable
-from pyrolora.models.tasks import EncodedSplit, Split, Task, row_count
+from pyrolora.models.tasks import EncodedSplit, EpisodeClasses, Split, Task, row_count
 
 # features whose mean square length calibrates a prior in logit units, and how many of them at once
 CALIBRATION_ROWS, CALIBRATION_BATCH = 256, 32
@@ -30,6 +32,7 @@ CALIBRATION_ROWS, CALIBRATION_BATCH = 256, 32
 ROW_KEYS = (
     "input_ids", "pixel_values", "attention_mask", "position_ids", "segment_ids", "scored", "option_mask",
     "option_lengths", "trunk",
+    "support", "support_labels",
 )  # fmt: skip
 
 
@@ -87,17 +90,11 @@ class BayesianModel:
             # classes of images have no words: without a head all logits would stay zero
             self.adapters = (*self.adapters, LastLayer())
         label_ids = None if task.format.kind == "option" else task.format.label_ids(backbone.tokenizer)
-        self.head: LabelHead | OptionHead = (
-            OptionHead(backbone)
-            if label_ids is None
-            else LabelHead(
-                backbone, torch.as_tensor(label_ids), all(adapter.keeps_label_rows for adapter in self.adapters)
-            )
-        )
+        self.head = self._make_head(label_ids)
         self.label_ids: tuple[int, ...] = () if label_ids is None else tuple(label_ids)
         self.classes = None if label_ids is None else len(label_ids)
         self.context_keys = tuple(dict.fromkeys(key for adapter in self.adapters for key in adapter.context_keys))
-        self._adapter_sites = [adapter.sites(backbone, self.classes) for adapter in self.adapters]
+        self._adapter_sites = [self._sites_of(adapter) for adapter in self.adapters]
         self.adapter_sites = SiteTable([site for sites in self._adapter_sites for site in sites])
         self.constants = self._make_constants() if constants is None else self._placed(constants)
         self.prior = Prior(
@@ -110,6 +107,27 @@ class BayesianModel:
         self.sites = self._discover()
         blocks = [layer for site in self.adapter_sites.values() for layer in site.layers]
         self.first_block = min(blocks) if blocks else len(backbone.blocks) - 1
+        if isinstance(self.head, PrototypeHead):
+            # labelled images pass through the adapted blocks as well, and no trunk of the queries is theirs
+            self.first_block = 0
+
+    def _make_head(self, label_ids: Sequence[int] | None) -> LabelHead | OptionHead | PrototypeHead:
+        if isinstance(self.task.format, EpisodeClasses):
+            if any(isinstance(one, LastLayer) for one in self.adapters):
+                raise ValueError(
+                    f"The classes of {self.task.name!r} are other ones in every episode, and LastLayer() has a row for each "
+                    "class. Leave it out: queries are compared with prototypes."
+                )
+            return PrototypeHead(self.backbone, self.task.format)
+        if label_ids is None:
+            return OptionHead(self.backbone)
+        keep_rows = all(adapter.keeps_label_rows for adapter in self.adapters)
+        return LabelHead(self.backbone, torch.as_tensor(label_ids), keep_rows)
+
+    def _sites_of(self, adapter: Adapter) -> tuple[Site, ...]:
+        sites = adapter.sites(self.backbone, self.classes)
+        # a weight acts on a query through its prototypes too, so a row's gradient is not that of its own activations
+        return tuple(replace(site, linear=False) for site in sites) if isinstance(self.head, PrototypeHead) else sites
 
     def _make_constants(self) -> dict[str, Tensor]:
         def batches(samples: int, seed: int) -> Iterator[Mapping[str, Tensor]]:
@@ -288,13 +306,17 @@ class BayesianModel:
             key: value.to(device, dtype if value.is_floating_point() else value.dtype) for key, value in found.items()
         }
 
+    def bind(self, draw: Mapping[str, Tensor], batch: Mapping[str, Tensor] | None = None) -> None:
+        """Put a draw into the network until the next one or `release`; see `deltas`."""
+        self.backbone.bind(self.deltas(draw, batch), self.gates(draw, batch))
+
     def row_logits(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Tensor:
         """Class logits of each row; a draw with a leading dimension of ``groups`` serves ``groups`` equal runs of rows.
 
         Shape:
             ``(rows, classes)``
         """
-        self.backbone.bind(self.deltas(draw, batch), self.gates(draw, batch))
+        self.bind(draw, batch)
         trunk = batch.get("trunk")
         return self.head(batch, self._label_changes(draw), trunk, self.first_block if trunk is not None else 0)
 
@@ -308,7 +330,7 @@ class BayesianModel:
         Shape:
             ``(rows, hidden)``, in the sites' float type
         """
-        self.backbone.bind(self.deltas(draw, batch), self.gates(draw, batch))
+        self.bind(draw, batch)
         trunk = batch.get("trunk")
         first_block = self.first_block if trunk is not None else 0
         return self.backbone.features(batch, trunk=trunk, first_block=first_block).to(self.backbone.site_dtype)
@@ -324,8 +346,8 @@ class BayesianModel:
         """
         if not isinstance(self.head, LabelHead):
             raise ValueError(
-                f"The task {self.task.name!r} scores options, so its logits are no function of one feature vector. Use a "
-                "task with label words or letters."
+                f"The task {self.task.name!r} scores options or compares with prototypes, so its logits are no function of "
+                "one feature vector. Use a task with label words, letters or classes of images."
             )
         return self.head.from_features(features, self._label_changes(draw))
 

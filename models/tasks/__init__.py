@@ -1,6 +1,7 @@
 """Prompts, labels and splits: one task is one data set with one way to ask the question."""
 
-from pyrolora.models.tasks.batching import EncodedSplit, encode, row_count
+from pyrolora.models.tasks.batching import EncodedSplit, encode, independent_rows, row_count
+from pyrolora.models.tasks.episodes import EncodedEpisodes, EpisodeClasses, EpisodeSplit, encode_episodes, episodic
 from pyrolora.models.tasks.example import Example, Row
 from pyrolora.models.tasks.formats import Format, Letter, OptionScoring, Verbaliser
 from pyrolora.models.tasks.image_sources import Folders, ImageHub, Omniglot, PixelTable
@@ -13,8 +14,11 @@ from pyrolora.models.tasks.splitting import SplitRule
 from pyrolora.models.tasks.task import Split, Task, TaskSpec
 
 __all__ = [
+    "EncodedEpisodes",
     "EncodedImages",
     "EncodedSplit",
+    "EpisodeClasses",
+    "EpisodeSplit",
     "Example",
     "Files",
     "Folders",
@@ -38,7 +42,10 @@ __all__ = [
     "blank_reader",
     "choice_reader",
     "encode",
+    "encode_episodes",
     "encode_images",
+    "episodic",
+    "independent_rows",
     "joined",
     "names",
     "register",

@@ -11,7 +11,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pyrolora.models.backbones import Backbone
-from pyrolora.models.tasks import EncodedImages, Format, ImageClasses, Split, encode_images
+from pyrolora.models.tasks import (
+    EncodedImages,
+    EpisodeClasses,
+    Format,
+    ImageClasses,
+    Split,
+    encode_episodes,
+    encode_images,
+)
 
 # how far an attack's rounding may leave the range of a pixel
 ROUNDING = 1e-5
@@ -40,7 +48,7 @@ class VisionBackbone(Backbone):
         ValueError: a size that is no multiple of the patches, or means and deviations that do not fit the channels.
     """
 
-    formats: ClassVar[tuple[str, ...]] = ("image",)
+    formats: ClassVar[tuple[str, ...]] = ("image", "episode")
 
     def __init__(
         self,
@@ -93,11 +101,13 @@ class VisionBackbone(Backbone):
         return hashlib.sha256(f"{super().fingerprint}{put}".encode()).hexdigest()[:16]
 
     def encode(self, split: Split, format: Format, max_length: int) -> EncodedImages:
-        """A split of images at this network's size; see `pyrolora.models.tasks.encode_images`.
+        """A split of images or of episodes at this network's size; see `pyrolora.models.tasks.encode_images`.
 
         Raises:
             ValueError: a split or a format of text.
         """
+        if isinstance(format, EpisodeClasses):
+            return encode_episodes(split, format, channels=self.channels, size=self.image_size, tokens=self.tokens)
         if not isinstance(format, ImageClasses):
             raise ValueError(f"{self.name!r} reads images, and {split.task} is asked as text. Use an image task.")
         return encode_images(split, format, channels=self.channels, size=self.image_size, tokens=self.tokens)
