@@ -10,7 +10,7 @@ from pyrolora.models.tasks import EncodedSplit
 
 def data_digest(data: EncodedSplit) -> str:
     """Number of rows, and a hash of all tokens and labels."""
-    digest = hashlib.sha256(repr((data.label_ids, data.labels.tolist())).encode())
+    digest = hashlib.sha256(repr(data.described).encode())
     for row in data.rows:
         digest.update(repr(row).encode())
     return f"{len(data)}:{digest.hexdigest()[:16]}"

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -49,8 +50,8 @@ class MetaTuning(SVI):
     queries with the support features held fixed, ascends on the divergence from the clean prediction (labels play no part in
     it), perturbs the weights, and descends on the gradient taken there. The attack is made outside the Pyro program, from
     the posterior's mean or, if the guide is random, against the mean of a few draws; the divergence enters the program as
-    a factor inside the data plate, which makes the posterior a Gibbs posterior. Episodes are without end, so the size N of the
-    data is the declared one: queries in the split's episodes.
+    a factor inside the data plate, which makes the posterior a Gibbs posterior. Episodes are without end, so the size N of
+    the data is the declared one: queries in the split's episodes.
 
     With ``attack=None``, ``adversarial_weight=0`` and no perturbation it is plain meta-tuning. The optimiser is the published
     one: SGD with momentum, a linear rise and a cosine to zero.
@@ -142,7 +143,7 @@ class MetaTuningRun(TrainingRun):
     engine: MetaTuning
 
     def _make_optimiser(self, plan: BlockPlan | None, manifold_step: RiemannianStep) -> GuideAdam:
-        descend = partial(torch.optim.SGD, momentum=self.engine.momentum, foreach=True)
+        descend = partial(torch.optim.SGD, momentum=self.engine.momentum)
         return GuideAdam(self.guide, self._rates(), plan, manifold_step, descend)
 
     def _rate_factor(self, step: int) -> float:
@@ -187,7 +188,7 @@ class MetaTuningRun(TrainingRun):
         run_model, run_guide = self._scoped(program, batch), self._scoped(self.guide.__call__, batch)
         return self.elbo.loss_and_grads(run_model, run_guide, batch, len(self.data))
 
-    def _same_draws(self) -> torch.random.fork_rng:  # type: ignore[name-defined]
+    def _same_draws(self) -> AbstractContextManager[None]:
         """What is drawn inside is drawn again by whatever comes after."""
         device = self.model.backbone.device
         return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
@@ -195,7 +196,7 @@ class MetaTuningRun(TrainingRun):
     @torch.no_grad()
     def _attacked(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The batch with its queries attacked beside them."""
-        assert self.engine.attack is not None  # noqa: S101 - for the type checker: `attacks` says so
+        assert self.engine.attack is not None
         draws = ATTACK_DRAWS if self.noisy_sites else 1
         draw = self.guide.sample(draws) if self.noisy_sites else self.guide.mean()
         target = AttackTarget(self.model, batch, draw, draws)

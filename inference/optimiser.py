@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -54,12 +53,12 @@ class GuideAdam:
         rates: Mapping[str, float],
         plan: BlockPlan | None = None,
         manifold_step: RiemannianStep | None = None,
-        make: Callable[..., torch.optim.Optimizer] = partial(torch.optim.Adam, foreach=True),
+        make: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
     ) -> None:
         self.plan = plan
         groups = _groups(guide, rates)
         self.parameters: list[nn.Parameter] = [parameter for _, _, members in groups for parameter in members]
-        self.adam = make([{"params": members, "lr": rate} for _, rate, members in groups])
+        self.adam = make([{"params": members, "lr": rate} for _, rate, members in groups], foreach=True)
         self.peak_rates = [rate for _, rate, _ in groups]
         self._group_of = [number for number, (_, _, members) in enumerate(groups) for _ in members]
         self._roles = [role for role, _, members in groups for _ in members]

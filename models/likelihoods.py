@@ -5,7 +5,6 @@ import pyro.distributions as dist
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-
 # name of the observation, and of the factor that counts against attacked rows
 LABEL, ADVERSARIAL = "label", "adversarial"
 OBSERVED = (LABEL, ADVERSARIAL)

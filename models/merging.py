@@ -49,7 +49,8 @@ class MergeRule:
     """From similarities of a support set under each member to weights on the simplex.
 
     ``s = intra C - (1 - intra) V`` for the scores of `class_scores`, ``w = exp(-sharpness (1 - s))``, the ``top`` largest
-    kept and normalised: a categorical posterior over the members under a uniform prior, tempered and cut to its leading members.
+    kept and normalised: a categorical posterior over the members under a uniform prior, tempered and cut to its leading
+    members.
 
     Usage::
 

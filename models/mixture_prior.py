@@ -22,10 +22,10 @@ class MemberMixture:
         BayesianModel(backbone, task, adapter=pool.member, prior=prior)
 
     A mixture at each site by itself would let the query projection come from one member and the value projection from
-    another. The joint mixture is written as the chain of its conditionals: each site's prior is a mixture whose weights are the
-    members' posterior probabilities given the sites sampled before it, so the log densities add up to the joint one under
-    any inference algorithm. There is no closed-form KL to it; engines score a draw instead. Start a fit at the leading member,
-    since the mean of a posterior between two members may be no member at all.
+    another. The joint mixture is written as the chain of its conditionals: each site's prior is a mixture whose weights are
+    the members' posterior probabilities given the sites sampled before it, so the log densities add up to the joint one under
+    any inference algorithm. There is no closed-form KL to it; engines score a draw instead. Start a fit at the leading
+    member, since the mean of a posterior between two members may be no member at all.
 
     Args:
         means: site name -> mean of every member.
@@ -92,7 +92,9 @@ class MemberMixture:
                 )
             logits = logits + self._members(name, value).log_prob(value)
         members = self._members(site.name, mean)
-        return dist.MixtureSameFamily(dist.Categorical(logits=logits, validate_args=False), members, validate_args=False)
+        return dist.MixtureSameFamily(
+            dist.Categorical(logits=logits, validate_args=False), members, validate_args=False
+        )
 
     def _members(self, name: str, like: Tensor) -> TorchDistribution:
         mean = self.means[name].to(like)

@@ -317,6 +317,14 @@ class BayesianModel:
             ``(rows, classes)``
         """
         self.bind(draw, batch)
+        return self.bound_logits(batch, draw)
+
+    def bound_logits(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Tensor:
+        """`row_logits` of a draw whose changes are bound already.
+
+        Shape:
+            ``(rows, classes)``
+        """
         trunk = batch.get("trunk")
         return self.head(batch, self._label_changes(draw), trunk, self.first_block if trunk is not None else 0)
 

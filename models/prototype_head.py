@@ -13,9 +13,9 @@ from pyrolora.models.tasks.episodes import EpisodeClasses
 class PrototypeHead:
     """Scaled cosines of queries with the mean features of each class, in the place of a `LabelHead`.
 
-    Labelled images and queries go through the network together, episode by episode, so draws and gates that are for equal runs
-    of rows are for episodes. Logits of one episode depend on each other's weights through the prototypes: they are no function
-    of the query's features alone.
+    Labelled images and queries go through the network together, episode by episode, so draws and gates that are for equal
+    runs of rows are for episodes. Logits of one episode depend on each other's weights through the prototypes: they are no
+    function of the query's features alone.
 
     Args:
         backbone: the frozen network.

@@ -25,8 +25,22 @@ def weight_change(delta: Delta, weight: Tensor) -> Tensor:
     Shape:
         weight and result ``(out, in)``
     """
+    return weight_changes(delta, weight, 1)[0]
+
+
+def weight_changes(delta: Delta, weight: Tensor, runs: int) -> Tensor:
+    """`weight_change` of a delta that differs between equal runs of rows, such as draws or gates, for each of them.
+
+    Args:
+        delta: function of the projection's input.
+        weight: the frozen weight, for its shape and device.
+        runs: number of runs.
+
+    Shape:
+        weight ``(out, in)``; returns ``(runs, out, in)``
+    """
     eye = torch.eye(weight.shape[1], dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
-    return delta(eye[None])[0].mT
+    return delta(eye.expand(runs, -1, -1)).mT
 
 
 @contextmanager

@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pyrolora.models.adapters.base import grouped_linear
+from pyrolora.models.adapters.lora import stored_weight
 from pyrolora.models.adapters.targets import find_projections
-from pyrolora.models.backbones import Backbone
+from pyrolora.models.backbones import Backbone, Delta
+from pyrolora.models.serving import weight_changes
 
 
 def trimmed(weight: Tensor, fraction: float) -> Tensor:
@@ -91,6 +94,39 @@ class TrimmedPaths:
     def __call__(self, path: str, weight: Tensor) -> Tensor:
         """The weight, truncated if its path is among the chosen ones."""
         return trimmed(weight, self.fractions[path]) if path in self.fractions else weight
+
+
+@torch.no_grad()
+def trimmed_deltas(deltas: Mapping[str, Delta], backbone: Backbone, trim: Trim, runs: int) -> dict[str, Delta]:
+    """Changes after which the chosen projections have truncated weights, without touching a weight.
+
+    Each of equal runs of rows (a draw, a task's merge) has its whole weight ``W + change`` truncated by itself, all at once.
+
+    Usage::
+
+        backbone.bind(trimmed_deltas(model.deltas(draw), backbone, Trim(0.8), runs=episodes))
+
+    Args:
+        deltas: changes of the draw, by module path.
+        backbone: the frozen network.
+        trim: which weights, and how far; paths without a change stay as they are.
+        runs: number of runs.
+    """
+    chosen = trim.of(backbone).fractions
+    found: dict[str, Delta] = dict(deltas)
+    for path in deltas.keys() & chosen.keys():
+        weight = stored_weight(backbone, path)
+        changed = trimmed(weight + weight_changes(deltas[path], weight, runs), chosen[path])
+        found[path] = _DenseDelta(changed - weight)
+    return found
+
+
+@dataclass(frozen=True)
+class _DenseDelta:
+    change: Tensor
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return grouped_linear(rows.to(self.change.dtype), self.change).to(rows.dtype)
 
 
 def _check_fraction(fraction: float) -> None:

@@ -26,9 +26,9 @@ class PGD:
         attack = PGD(epsilon=8 / 255, steps=10, step_size=0.8 / 255)
         attacked = attack(images, cross_entropy_objective(predict, labels), generator)
 
-    Each step moves every pixel by ``step_size`` along the sign of the gradient and projects it to the box and the pixel range;
-    no parameter collects a gradient. Gradients pass the edges of the range as if they were not there: cut off, they would
-    never bring back a black pixel that a random start made blacker.
+    Each step moves every pixel by ``step_size`` along the sign of the gradient and projects it to the box and the pixel
+    range; no parameter collects a gradient. Gradients pass the edges of the range as if they were not there: cut off, they
+    would never bring back a black pixel that a random start made blacker.
 
     Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018, section 2.1.
 

@@ -10,11 +10,11 @@ from torch import Tensor
 class Augmentation:
     """Flips, colours and shifts a copy of every image: ``Augmentation()(images, generator)``.
 
-    With one probability an image is flipped (a coin's toss), its brightness, saturation and contrast change, and it is shifted
-    by up to a fraction of its sides, with black coming in; else it stays as it is.
+    With one probability an image is flipped (a coin's toss), its brightness, saturation and contrast change, and it is
+    shifted by up to a fraction of its sides, with black coming in; else it stays as it is.
 
-    Source: Zhao et al., "Differentiable Augmentation for Data-Efficient GAN Training", 2020, section 3.1, as the released code
-    of P>M>F and AMT applies it to the support set.
+    Source: Zhao et al., "Differentiable Augmentation for Data-Efficient GAN Training", 2020, section 3.1, as the released
+    code of P>M>F and AMT applies it to the support set.
 
     Args:
         flip: whether left and right may be swapped; not where that makes another class, as with letters.

@@ -108,6 +108,11 @@ class EncodedSplit:
         return len(self.rows)
 
     @property
+    def described(self) -> tuple[object, ...]:
+        """What beside its rows makes two splits the same data, for digests."""
+        return self.label_ids, self.labels.tolist()
+
+    @property
     def lengths(self) -> Tensor:
         """Number of tokens of each example, (N,) int64."""
         return torch.tensor([len(row) for row in self.rows], dtype=torch.int64)

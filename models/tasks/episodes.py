@@ -154,7 +154,9 @@ def episodic(
     """
     form = EpisodeClasses(ways, shots, queries)
     if not isinstance(task.format, ImageClasses):
-        raise ValueError(f"The task {task.name!r} is asked as {task.format.kind}; episodes are drawn from images of classes.")
+        raise ValueError(
+            f"The task {task.name!r} is asked as {task.format.kind}; episodes are drawn from images of classes."
+        )
     if not 0 <= held_out < 0.5:
         raise ValueError(f"held_out is a share of the classes in [0, 0.5); got {held_out}. Try 0.2, or 0 for all.")
     if min(counts) < 1:
@@ -177,13 +179,12 @@ def episodic(
     return Task(named, form.labels, form, **splits, description=task.description, licence=task.licence)
 
 
-def named_episodes(name: str) -> tuple[str, dict[str, int]] | None:
-    """The task and the settings in a name such as ``omniglot:5w1s`` or ``mnist:5w5s10q``; None in any other."""
+def named_episodes(name: str) -> tuple[str, tuple[int, int, int]] | None:
+    """The task in a name such as ``omniglot:5w1s`` or ``mnist:5w5s10q``, and ways, shots and queries; None in any other."""
     found = NAMED.fullmatch(name)
     if found is None:
         return None
-    settings = {key: int(found[key]) for key in ("ways", "shots", "queries") if found[key] is not None}
-    return found["task"], settings
+    return found["task"], (int(found["ways"]), int(found["shots"]), int(found["queries"] or QUERIES))
 
 
 def _check_pool(examples: Sequence[Example], form: EpisodeClasses, name: str) -> None:
@@ -192,7 +193,8 @@ def _check_pool(examples: Sequence[Example], form: EpisodeClasses, name: str) ->
         sizes[example.label] = sizes.get(example.label, 0) + 1
     if len(sizes) < form.ways:
         raise ValueError(
-            f"{name} has {len(sizes)} classes, and an episode takes {form.ways}. Ask for fewer ways, or hold fewer classes out."
+            f"{name} has {len(sizes)} classes, and an episode takes {form.ways}. Ask for fewer ways, or hold fewer "
+            "classes out."
         )
     needed = form.shots + form.queries
     label, fewest = min(sizes.items(), key=lambda entry: entry[1])
@@ -225,6 +227,11 @@ class EncodedEpisodes(EncodedImages):
 
     def __len__(self) -> int:
         return self.count * self.form.rows
+
+    @property
+    def described(self) -> tuple[object, ...]:
+        """See `EncodedSplit.described`: what decides the episodes."""
+        return self.form, self.count, self.seed, self.classes_of.tolist()
 
     @cached_property
     def _members(self) -> list[np.ndarray]:
@@ -277,7 +284,9 @@ class EncodedEpisodes(EncodedImages):
     def _images(self, positions: np.ndarray, device: torch.device | str | None) -> Tensor:
         flat = positions.flatten()
         pool = self._pool
-        images = torch.stack([self._image(int(place)) for place in flat]) if pool is None else pool[torch.from_numpy(flat)]
+        images = (
+            torch.stack([self._image(int(place)) for place in flat]) if pool is None else pool[torch.from_numpy(flat)]
+        )
         return (images.to(device).float() / 255).unflatten(0, positions.shape)
 
     def steps_per_epoch(self, size: int, *, drop_last: bool = False) -> int:
@@ -301,7 +310,7 @@ class EncodedEpisodes(EncodedImages):
 
 
 def encode_episodes(split: Split, form: EpisodeClasses, *, channels: int, size: int, tokens: int) -> EncodedEpisodes:
-    """Put a split of episodes to a network's size: ``encode_episodes(task.test, task.format, channels=1, size=28, tokens=17)``.
+    """Put episodes to a network's size: ``encode_episodes(task.test, task.format, channels=1, size=28, tokens=17)``.
 
     Args:
         split: episodes, of this task or of another one.
@@ -320,7 +329,8 @@ def encode_episodes(split: Split, form: EpisodeClasses, *, channels: int, size: 
         )
     if split.rows_each != form.rows or split.classes != form.ways:
         raise ValueError(
-            f"{split.task} {split.name} has episodes of {split.classes} classes and {split.rows_each} queries, and the model's "
+            f"{split.task} {split.name} has episodes of {split.classes} classes and {split.rows_each} queries, and the "
+            "model's "
             f"have {form.ways} and {form.rows}. Draw both with the same ways, shots and queries."
         )
     _check_pool(split.examples, form, f"{split.task} {split.name}")

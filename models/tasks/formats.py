@@ -20,7 +20,7 @@ class Format(Protocol):
     """What a way of asking must offer."""
 
     @property
-    def kind(self) -> Literal["label", "option", "image"]:
+    def kind(self) -> Literal["label", "option", "image", "episode"]:
         """Whether classes are vocabulary rows at the last position, options to be scored, or classes of images."""
 
     @property

@@ -105,5 +105,5 @@ def test_scales_that_are_not_positive_are_refused(mixture):
 def test_another_adapter_is_refused(three_topics_model, mixture):
     with pytest.raises(ValueError, match=r"q_proj.lora_A.*expected \(3, 3, 4, 32\)"):
         three_topics_model(torch.float64, adapter=PiSSA(rank=4), prior=mixture())
-    with pytest.raises(ValueError, match="no member values for the site 'k_proj.lora_A'"):
+    with pytest.raises(ValueError, match=r"no member values for the site 'k_proj.lora_A'"):
         three_topics_model(torch.float64, adapter=PiSSA(rank=2, targets=("q_proj", "k_proj")), prior=mixture())
