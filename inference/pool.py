@@ -23,6 +23,8 @@ from pyrolora.models.prototypes import class_prototypes, cosine_similarity
 from pyrolora.models.tasks.augmentation import Augmentation
 from pyrolora.models.trimming import Trim, trimmed_deltas
 
+# below any uniform number that is drawn, and its logarithm finite
+TINY = 1e-300
 SEMANTICS = ("mean", "mixture", "dirichlet")
 
 
@@ -294,10 +296,10 @@ class TaskMerging:
             each = torch.eye(members, dtype=weights.dtype, device=weights.device)
             return each[:, None].expand(members, *weights.shape), weights.T
         shape = (self.concentration * weights.double().cpu()).expand(self.weight_draws, *weights.shape)
-        # of a member without weight the gamma variable is zero; one that rounds to zero leaves a point, not a hole
-        gammas = torch._standard_gamma(shape.clamp_min(1e-30), generator) * (shape > 0)
-        tiny = torch.finfo(gammas.dtype).tiny
-        points = (gammas + tiny * (shape > 0)) / (gammas + tiny * (shape > 0)).sum(-1, keepdim=True)
+        # G(a) = G(a + 1) U^(1 / a) in logarithm: where a is small every gamma variable would round to zero
+        uniform = torch.rand(shape.shape, generator=generator, dtype=torch.float64)
+        logs = torch._standard_gamma(shape + 1, generator).log() + uniform.clamp_min(TINY).log() / shape
+        points = logs.masked_fill(shape == 0, -torch.inf).softmax(-1)
         equal = torch.full(points.shape[:2], 1 / self.weight_draws)
         return points.to(weights), equal.to(weights)
 

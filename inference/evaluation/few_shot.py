@@ -70,6 +70,10 @@ class EpisodeScores:
         return found
 
 
+def _kept(values: Tensor) -> Tensor:
+    return (values.float() if values.is_floating_point() else values).cpu()
+
+
 def _accuracies(probs: Tensor, labels: Tensor) -> Tensor:
     return (probs.argmax(-1) == labels).float().mean(-1)
 
@@ -143,4 +147,4 @@ def evaluate_episodes(
             rows["weights"] = weights
         parts.append(rows)
     model.release()
-    return EpisodeScores(**{name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]})
+    return EpisodeScores(**{name: torch.cat([_kept(part[name]) for part in parts]) for name in parts[0]})
