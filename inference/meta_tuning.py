@@ -62,14 +62,14 @@ class MetaTuning(SVI):
         guide: see `SVI`.
         steps: steps of ``batch_size`` queries, at least one episode.
         batch_size: queries a step, in whole episodes; 1 for one episode.
-        learning_rate: SGD's peak rate for means and points. The published 5e-4 is for 60,000 episodes.
-        scale_learning_rate: SGD's peak rate for standard deviations.
+        learning_rate: peak rate for means and points. The published 5e-4 is for 60,000 episodes.
+        scale_learning_rate: peak rate for standard deviations; with Adam try 2e-2.
         noise: see `SVI`; ``"weight"`` draws once a step, ``"example"`` once an episode.
         attack: how queries are attacked, `PGD` or `PyramidPGD`; None for clean meta-tuning.
         adversarial_weight: weight of the divergence; the published 6 collapses the features of a tiny network.
         direction: see `divergence`.
         perturbation: see `WeightPerturbation`.
-        momentum: of SGD.
+        momentum: of SGD; None for Adam, whose rate for standard deviations is one that they converge under.
 
     Raises:
         ValueError: a setting out of range, or one that belongs to another optimiser.
@@ -78,8 +78,8 @@ class MetaTuning(SVI):
 
     guide: GuideSpecification = field(default_factory=Point, metadata={"help": "family of the posterior"})
     batch_size: int = field(default=1, metadata={"help": "queries a step, in whole episodes"})
-    learning_rate: float = field(default=5e-4, metadata={"help": "SGD's peak rate of means and points"})
-    scale_learning_rate: float = field(default=5e-4, metadata={"help": "SGD's peak rate of standard deviations"})
+    learning_rate: float = field(default=5e-4, metadata={"help": "peak rate of means and points"})
+    scale_learning_rate: float = field(default=5e-4, metadata={"help": "peak rate of standard deviations"})
     noise: str = field(default="weight", metadata={"help": "'weight' or 'example'"})
     warmup: float = field(default=1 / 6, metadata={"help": "fraction of the steps with rising rates"})
     attack: PGD | None = field(default=None, metadata={"help": "how queries are attacked; None for not at all"})
@@ -88,7 +88,7 @@ class MetaTuning(SVI):
     perturbation: WeightPerturbation = field(
         default_factory=lambda: WeightPerturbation("awp", 1e-3), metadata={"help": "how weights are perturbed"}
     )
-    momentum: float = field(default=0.9, metadata={"help": "of SGD"})
+    momentum: float | None = field(default=0.9, metadata={"help": "of SGD; None for Adam"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,8 +100,10 @@ class MetaTuning(SVI):
             )
         if not self.adversarial_weight >= 0:
             raise ValueError(f"adversarial_weight must not be negative; got {self.adversarial_weight}. Try 1.0.")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum lies in [0, 1); got {self.momentum}. The published one is 0.9.")
+        if self.momentum is not None and not 0 <= self.momentum < 1:
+            raise ValueError(
+                f"momentum lies in [0, 1), or None for Adam; got {self.momentum}. The published one is 0.9."
+            )
         if self.direction not in DIRECTIONS:
             raise ValueError(
                 f"Unknown direction {self.direction!r} of the divergence. Did you mean "
@@ -143,6 +145,8 @@ class MetaTuningRun(TrainingRun):
     engine: MetaTuning
 
     def _make_optimiser(self, plan: BlockPlan | None, manifold_step: RiemannianStep) -> GuideAdam:
+        if self.engine.momentum is None:
+            return super()._make_optimiser(plan, manifold_step)
         descend = partial(torch.optim.SGD, momentum=self.engine.momentum)
         return GuideAdam(self.guide, self._rates(), plan, manifold_step, descend)
 

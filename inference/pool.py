@@ -10,6 +10,7 @@ from torch import Tensor
 from pyrolora.guides.base import Factor
 from pyrolora.guides.build import build_guide, resolve
 from pyrolora.inference.digests import tensor_digest
+from pyrolora.inference.perturbations import PGD, cross_entropy_objective
 from pyrolora.inference.perturbations.target import AttackTarget
 from pyrolora.inference.posterior import Posterior
 from pyrolora.models.adapters.pissa import PiSSA
@@ -198,6 +199,8 @@ class TaskMerging:
         rule: from similarities to weights.
         augmentation: of the labelled images that are scored; None scores the images themselves, which with one shot tells
             members apart by other classes only.
+        attack: on the pixels of the scored images, against each member by itself; None scores them as they are, as published,
+            which prefers members that were fitted to weak attacks.
         copies: augmented copies of each labelled image.
         trim: truncation of the merged weights, of each merge by itself; None for none.
         semantics: one of the above.
@@ -211,6 +214,7 @@ class TaskMerging:
     posterior: Posterior
     rule: MergeRule = field(default_factory=MergeRule)
     augmentation: Augmentation | None = field(default_factory=Augmentation)
+    attack: PGD | None = None
     copies: int = 1
     trim: Trim | None = None
     semantics: str = "mean"
@@ -250,7 +254,7 @@ class TaskMerging:
 
         Args:
             batch: whole episodes.
-            generator: seeds the augmentation.
+            generator: seeds the augmentation, and the start of an attack.
 
         Shape:
             ``(episodes, members, images, ways)`` and ``(episodes, images)``
@@ -258,22 +262,32 @@ class TaskMerging:
         model = self.posterior.model
         adapter, head = pool_adapter(model), model.head
         assert isinstance(head, PrototypeHead)
-        support, labels = batch["support"], batch["support_labels"].to(model.backbone.device)
+        device, ways = model.backbone.device, head.form.ways
+        support, labels = batch["support"].to(device), batch["support_labels"].to(device)
         episodes, shown = labels.shape
-        copies = [support] if self.augmentation is None else [
-            self.augmentation(support, generator) for _ in range(self.copies)
-        ]  # fmt: skip
-        together = support if self.augmentation is None else torch.cat([support, *copies], dim=1)
-        each = torch.eye(adapter.members, device=model.backbone.device, dtype=model.backbone.site_dtype)
-        draw = {**self.posterior.mean(), adapter.weights_name: each.repeat_interleave(episodes, 0)}
-        model.bind(draw)
-        features = head.features(together.repeat(adapter.members, *[1] * (together.dim() - 1)))
+        scored = support
+        if self.augmentation is not None:
+            scored = torch.cat([self.augmentation(support, generator) for _ in range(self.copies)], dim=1)
+        each = torch.eye(adapter.members, device=device, dtype=model.backbone.site_dtype)
+        model.bind({**self.posterior.mean(), adapter.weights_name: each.repeat_interleave(episodes, 0)})
+
+        def of_members(images: Tensor) -> Tensor:
+            return images.repeat(adapter.members, *[1] * (images.dim() - 1))
+
+        local = of_members(labels)
+        scored_labels = labels.repeat(1, scored.shape[1] // shown)
+        prototypes = class_prototypes(head.features(of_members(support)), local, ways)
+        images = of_members(scored)
+        if self.attack is not None:
+
+            def logits(attacked: Tensor) -> Tensor:
+                return head.form.scale * cosine_similarity(head.features(attacked), prototypes)
+
+            # every member meets the worst case of its own
+            images = self.attack(images, cross_entropy_objective(logits, of_members(scored_labels)), generator)
+        found = cosine_similarity(head.features(images), prototypes)
         model.release()
-        features = features.unflatten(0, (adapter.members, episodes)).transpose(0, 1)
-        scored = features if self.augmentation is None else features[:, :, shown:]
-        local = labels[:, None].expand(episodes, adapter.members, shown)
-        prototypes = class_prototypes(features[:, :, :shown], local, head.form.ways)
-        return cosine_similarity(scored, prototypes), labels.repeat(1, len(copies))
+        return found.unflatten(0, (adapter.members, episodes)).transpose(0, 1), scored_labels
 
     def weights(self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
         """Merge weights of every episode, ``(episodes, members)``; see `similarity` for the arguments."""

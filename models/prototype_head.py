@@ -34,11 +34,12 @@ class PrototypeHead:
         Shape:
             ``(episodes * queries, ways)``
         """
-        labels = batch["support_labels"].to(self.backbone.device)
-        queries = batch["pixel_values"].unflatten(0, (len(labels), -1))
+        device = self.backbone.device
+        labels = batch["support_labels"].to(device)
+        queries = batch["pixel_values"].to(device).unflatten(0, (len(labels), -1))
         support = batch.get("support_features")
         if support is None:
-            together = self.features(torch.cat([batch["support"], queries], dim=1))
+            together = self.features(torch.cat([batch["support"].to(device), queries], dim=1))
             support, features = together.split([labels.shape[1], queries.shape[1]], dim=1)
         else:
             features = self.features(queries)

@@ -23,7 +23,7 @@ from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.svi import SVI
 from pyrolora.inference.vbll import VBLL
-from pyrolora.models.adapters import S2FT, CorDA, FullRank, LastLayer, LoRA, PiSSA, PoLAR
+from pyrolora.models.adapters import S2FT, CorDA, FullRank, LastLayer, LoRA, LoRAPool, PiSSA, PoLAR
 from pyrolora.models.priors import Flat, learned
 
 STEPS = 2
@@ -37,6 +37,7 @@ ADAPTERS = {
     "PiSSA subspace": (PiSSA(rank=2, form="subspace"),),
     "CorDA": (CorDA(rank=2),),
     "S2FT": (S2FT(heads=1, channels=4, targets=("o_proj", "down_proj", "v_proj"), select="activation"),),
+    "LoRAPool": (LoRAPool(members=2, rank=2, concentration=1.0),),
     "FullRank": (FullRank(targets=("q_proj",)),),
     "FullRank+embeddings": (FullRank(targets=("v_proj",), layers=(1, 2), embeddings=True),),
 }

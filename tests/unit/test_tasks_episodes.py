@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.nn import functional
 
+from pyrolora.guides import BLoB, MeanField
 from pyrolora.inference.laplace import Laplace
 from pyrolora.inference.map import MAP
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.svi import SVI
-from pyrolora.guides import BLoB, MeanField
 from pyrolora.models.adapters import LastLayer, LoRA
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.prototypes import class_prototypes, prototype_logits
@@ -182,7 +182,8 @@ class TestPrototypes:
             assert predictive.probs.shape == (3, 40, 2)
             again = Posterior.from_pretrained(posterior.save_pretrained(tmp_path / noise), model=model)
             assert torch.equal(
-                again.predict(episodes.test, draws=3, generator=torch.Generator().manual_seed(0)).probs, predictive.probs
+                again.predict(episodes.test, draws=3, generator=torch.Generator().manual_seed(0)).probs,
+                predictive.probs,
             )
             assert posterior.kinds == ("mc", "mean")
 
