@@ -9,9 +9,15 @@ from pyrolora.inference.perturbations.objectives import (
 from pyrolora.inference.perturbations.pixels import PGD, PyramidPGD
 from pyrolora.inference.perturbations.weights import MODES, PerturbedSites, WeightPerturbation
 
+# name in a declaration -> what makes the object
+ATTACKS = {"PGD": PGD, "PyramidPGD": PyramidPGD}
+PERTURBATIONS = {"WeightPerturbation": WeightPerturbation}
+
 __all__ = [
+    "ATTACKS",
     "DIRECTIONS",
     "MODES",
+    "PERTURBATIONS",
     "PGD",
     "PerturbedSites",
     "PyramidPGD",

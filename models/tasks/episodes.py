@@ -324,8 +324,8 @@ def encode_episodes(split: Split, form: EpisodeClasses, *, channels: int, size: 
     """
     if not isinstance(split, EpisodeSplit):
         raise ValueError(
-            f"{split.task} {split.name} is no split of episodes. Make the task episodic(task, ways={form.ways}, "
-            f"shots={form.shots})."
+            f"{split.task} {split.name} is no split of episodes. Name the task {f'{split.task}:{form.ways}w{form.shots}s'!r}, or "
+            "make it with episodic(task)."
         )
     if split.rows_each != form.rows or split.classes != form.ways:
         raise ValueError(
