@@ -27,13 +27,16 @@ class Dirichlet(Family):
         ValueError: the strength is not positive.
     """
 
-    on_manifolds: ClassVar = True
-
     strength: float = field(default=10.0, metadata={"help": "sum of the concentrations at the start"})
 
     def __post_init__(self) -> None:
         if not self.strength > 0:
             raise ValueError(f"The strength of a Dirichlet must be positive; got {self.strength}. Try 10.")
+
+    @classmethod
+    def fits_manifold(cls, support: constraints.Constraint) -> bool:
+        """See `Family.fits_manifold`."""
+        return support is constraints.simplex
 
     def factor(self, site: Site, start: Tensor, prior: TorchDistribution) -> Factor:
         """See `Family.factor`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyrolora.models.tasks.augmentation import Augmentation
 from pyrolora.models.tasks.example import Example
 from pyrolora.models.tasks.images import KEPT_BYTES, EncodedImages, ImageClasses, encode_images
 from pyrolora.models.tasks.task import Split, Task
@@ -121,7 +123,7 @@ class EpisodeSplit(Split):
                 f"A subset of {size} queries was asked of {self.task} {self.name}, whose {self.count} episodes have "
                 f"{self.rows_each} each; ask for {self.rows_each} to {len(self)}."
             )
-        mixed = int(np.random.SeedSequence([self.seed, seed]).generate_state(1)[0]) if seed else self.seed
+        mixed = _mixed(self.seed, seed) if seed else self.seed
         return replace(self, count=count, seed=mixed)
 
 
@@ -173,8 +175,7 @@ def episodic(
         chosen = set(kept.tolist())
         examples = tuple(example for example in pool if example.label in chosen)
         _check_pool(examples, form, f"{task.name} {name}")
-        state = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-        splits[name] = EpisodeSplit(name, task.name, examples, ways, count, form.rows, state)
+        splits[name] = EpisodeSplit(name, task.name, examples, ways, count, form.rows, _mixed(seed, number))
     named = f"{task.name}:{ways}w{shots}s{queries}q"
     return Task(named, form.labels, form, **splits, description=task.description, licence=task.licence)
 
@@ -265,10 +266,7 @@ class EncodedEpisodes(EncodedImages):
         Raises:
             ValueError: part of an episode.
         """
-        rows = self.form.rows
-        numbers = [position // rows for position in positions[::rows]]
-        if positions != [number * rows + row for number in numbers for row in range(rows)]:
-            raise ValueError(f"Positions of {self.name} must be whole episodes of {rows} queries in their order.")
+        numbers = self._whole(positions)
         pairs = [self.episode(number) for number in numbers]
         support, queries = (np.stack(part).reshape(len(numbers), -1) for part in zip(*pairs, strict=True))
         local = torch.arange(self.form.ways)
@@ -280,6 +278,14 @@ class EncodedEpisodes(EncodedImages):
             "index": torch.tensor(positions, dtype=torch.int64),
         }
         return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+    def _whole(self, positions: list[int]) -> list[int]:
+        """The episodes that positions of queries make up."""
+        rows = self.form.rows
+        numbers = [position // rows for position in positions[::rows]]
+        if positions != [number * rows + row for number in numbers for row in range(rows)]:
+            raise ValueError(f"Positions of {self.name} must be whole episodes of {rows} queries in their order.")
+        return numbers
 
     def _images(self, positions: np.ndarray, device: torch.device | str | None) -> Tensor:
         flat = positions.flatten()
@@ -324,8 +330,8 @@ def encode_episodes(split: Split, form: EpisodeClasses, *, channels: int, size: 
     """
     if not isinstance(split, EpisodeSplit):
         raise ValueError(
-            f"{split.task} {split.name} is no split of episodes. Name the task {f'{split.task}:{form.ways}w{form.shots}s'!r}, or "
-            "make it with episodic(task)."
+            f"{split.task} {split.name} is no split of episodes. Name the task "
+            f"'{split.task}:{form.ways}w{form.shots}s', or make it with episodic(task)."
         )
     if split.rows_each != form.rows or split.classes != form.ways:
         raise ValueError(
@@ -349,3 +355,85 @@ def encode_episodes(split: Split, form: EpisodeClasses, *, channels: int, size: 
         count=split.count,
         seed=split.seed,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class SupportEpisodes(EncodedEpisodes):
+    """The labelled images of one episode as data to tune on: augmented copies of them are the queries.
+
+    Step by step the copies are others; the labelled images, and so the classes, stay. Nothing of the episode's own queries is
+    seen. Made by `support_of`.
+
+    Args:
+        support: the labelled images.
+        augmentation: makes the queries of them.
+    """
+
+    support: Tensor = field(default_factory=lambda: torch.zeros(0))
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+    @property
+    def described(self) -> tuple[object, ...]:
+        """See `EncodedSplit.described`."""
+        return *super().described, self.augmentation, hashlib.sha256(self.support.numpy().tobytes()).hexdigest()
+
+    def batch(self, positions: list[int], device: torch.device | str | None = None) -> dict[str, Tensor]:
+        """See `EncodedEpisodes.batch`."""
+        numbers = self._whole(positions)
+        copies = [
+            self.augmentation(self.support, torch.Generator().manual_seed(_mixed(self.seed, number)))
+            for number in numbers
+        ]
+        labels = torch.arange(self.form.ways).repeat_interleave(self.form.shots)
+        tensors = {
+            "support": self.support.expand(len(numbers), *self.support.shape),
+            "support_labels": labels.repeat(len(numbers), 1),
+            "pixel_values": torch.cat(copies),
+            "labels": labels.repeat(len(numbers)),
+            "index": torch.tensor(positions, dtype=torch.int64),
+        }
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def support_of(
+    encoded: EncodedEpisodes, number: int, augmentation: Augmentation | None = None, *, count: int = 100
+) -> SupportEpisodes:
+    """What may be tuned on before an episode's queries are answered: ``support_of(model.encode(target.test), 0)``.
+
+    Source: Hu et al., "Pushing the Limits of Simple Pipelines for Few-Shot Learning", 2022, section 3.3: the labelled images
+    are the support, augmented copies of them the queries.
+
+    Args:
+        encoded: episodes.
+        number: which of them.
+        augmentation: makes queries of the labelled images.
+        count: how many times; the size of the data that a likelihood is scaled to is this times the labelled images.
+
+    Raises:
+        ValueError: no such episode.
+    """
+    if not 0 <= number < encoded.count:
+        raise ValueError(f"{encoded.name} has the episodes 0 to {encoded.count - 1}; got {number}.")
+    rows = encoded.form.rows
+    support = encoded.batch(list(range(number * rows, (number + 1) * rows)))["support"][0]
+    form = replace(encoded.form, queries=encoded.form.shots)
+    return SupportEpisodes(
+        name=f"support of {encoded.name} {number}",
+        kind="episode",
+        rows=encoded.rows,
+        labels=torch.arange(form.ways).repeat_interleave(form.shots).repeat(count),
+        classes=form.ways,
+        label_ids=encoded.label_ids,
+        pad_id=0,
+        padding="right",
+        classes_of=encoded.classes_of,
+        form=form,
+        count=count,
+        seed=_mixed(encoded.seed, number),
+        support=support,
+        augmentation=Augmentation() if augmentation is None else augmentation,
+    )
+
+
+def _mixed(*seeds: int) -> int:
+    return int(np.random.SeedSequence(list(seeds)).generate_state(1)[0])

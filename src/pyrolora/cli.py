@@ -1,5 +1,4 @@
-"""The command line: ``pyrolora compare``, ``experiment``, ``report``, ``fit``, ``evaluate``, ``predict``, ``sites``, and for
-few-shot episodes ``pool`` and ``episodes``."""
+"""The command line: ``pyrolora compare``, ``experiment``, ``fit``, ``evaluate``, ``predict``, ``sites``, ``episodes`` ..."""
 
 import json
 import logging
@@ -22,7 +21,7 @@ from pyrolora.models.adapters import Adapter
 from pyrolora.models.backbones import Backbone, load_backbone
 from pyrolora.models.declarations import declared, declared_prior
 from pyrolora.models.program import BayesianModel
-from pyrolora.models.tasks import Example, ImageClasses, ImageExample, Split
+from pyrolora.models.tasks import EpisodeSplit, Example, ImageClasses, ImageExample, Split
 from pyrolora.models.tasks import task as load_task
 
 app = typer.Typer(
@@ -266,7 +265,7 @@ def episodes_command(
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
-    """Judge posteriors on few-shot episodes, clean and attacked, one JSON object a line. A pool is merged for each episode."""
+    """Judge posteriors on few-shot episodes, clean and attacked, one JSON object a line; pools are merged for each."""
     from pyrolora.inference.evaluation.few_shot import evaluate_episodes
     from pyrolora.inference.perturbations import ATTACKS
     from pyrolora.inference.pool import TaskMerging
@@ -278,8 +277,8 @@ def episodes_command(
     for folder in folders:
         posterior = _load(folder, model, dtype, device, data_dir)
         split = posterior.model.task.test if task is None else load_task(task, data_dir=data_dir).test
-        if episodes is not None:
-            split = split.subset(episodes * posterior.model.task.format.rows)
+        if episodes is not None and isinstance(split, EpisodeSplit):
+            split = split.subset(episodes * split.rows_each)
         pooled = any(isinstance(adapter, LoRAPool) for adapter in posterior.model.adapters)
         judged = TaskMerging(posterior, rule, semantics=semantics) if pooled else posterior
         scores = evaluate_episodes(judged, split, attack=made, draws=draws, seed=seed, progress=not quiet)

@@ -18,7 +18,7 @@ from pyrolora.models.priors import Flat, Relative
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.prototypes import prototype_logits
 from pyrolora.models.serving import merged
-from pyrolora.models.tasks import episodic
+from pyrolora.models.tasks import Augmentation, episodic, support_of
 from pyrolora.models.trimming import Trim, trimmed
 
 MEMBER = PiSSA(rank=2, targets="all-linear")
@@ -320,6 +320,25 @@ class TestTuning:
         assert any(not torch.equal(value, start[name]) for name, value in found.items())
         assert float(prior.log_prob(found)) > float(prior.log_prob(member_slice(adapter, pool.mean(), 0)))
 
+    def test_an_episode_is_tuned_on_its_labelled_images_alone(self, model, pool, source):
+        encoded = model.encode(source.test)
+        data = support_of(encoded, 2, Augmentation(flip=False), count=6)
+        own = encoded.batch(list(range(12, 18)))
+        batches = [data.batch(list(range(4 * step, 4 * step + 4))) for step in range(2)]
+        assert all(torch.equal(batch["support"][0], own["support"][0]) for batch in batches)
+        assert not torch.equal(batches[0]["pixel_values"], batches[1]["pixel_values"])
+        assert torch.equal(data.batch([4, 5, 6, 7])["pixel_values"], batches[1]["pixel_values"])
+        prior = mixture_prior(pool, torch.tensor([0.2, 0.7, 0.1]))
+        tuned = BayesianModel(model.backbone, source, adapter=MEMBER, prior=prior, constants=model.constants)
+        engine = MetaTuning(steps=20, learning_rate=0.02, perturbation=WeightPerturbation("none", 0.0))
+        start = member_slice(pool.model.adapters[0], pool.mean(), 1)
+        fit = engine.fit(tuned, data, progress=False, start=start)
+        history = [entry["nll"] for entry in fit.record["history"]]
+        assert sum(history[-5:]) < sum(history[:5])
+        assert fit.predict(own, kind="mean").probs.shape == (1, 6, 2)
+        with pytest.raises(ValueError, match="has the episodes 0 to 4; got 5"):
+            support_of(encoded, 5)
+
     def test_widths_come_from_the_members_or_from_their_prior(self, model, source):
         random = pool_of([member_of(model, seed, MeanField(init_scale=0.05)) for seed in range(2)])
         prior = mixture_prior(random, torch.tensor([0.5, 0.5]))
@@ -347,10 +366,10 @@ class TestTuning:
 
 
 class TestRefusals:
-    def test_what_is_no_pool_or_has_no_episodes(self, members, three_shapes_model):
+    def test_what_is_no_pool_or_has_no_episodes(self, members, three_topics_model):
         with pytest.raises(ValueError, match="Only a pool of LoRAs is merged"):
             TaskMerging(members[0])
-        model = three_shapes_model(adapter=LoRAPool(members=2, rank=2))
+        model = three_topics_model(adapter=LoRAPool(members=2, rank=2))
         with pytest.raises(ValueError, match=r"labelled images of an episode"):
             TaskMerging(SVI(guide=Point(), steps=1).fit(model, model.task.train, progress=False))
 
