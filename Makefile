@@ -19,7 +19,7 @@ demo: $(VENV)/.demo ## compare four methods on SmolLM2-135M and real headlines; 
 	    --methods mle,map,blob,laplace --train-size 300 --seeds 1 --out runs/demo
 
 test: $(VENV)/.test ## run the test suite (PYTEST_ARGS="-k blob" narrows it)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n logical $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint links ## ruff and mypy
 	$(BIN)/ruff check .

@@ -2,27 +2,27 @@
 
 Usage::
 
-    python benchmarks/placement_curves.py --rates 1e-4,3e-4,1e-3,3e-3 --seeds 3 --steps 150
+    python benchmarks/placement_curves.py --rates 1e-4,3e-4,1e-3,3e-3 --seeds 3 --device cuda --out runs/placement_curves
     python benchmarks/placement_curves.py --adapters "lora|CorDA(mode='knowledge', calibration='crowd_tweets')" --seeds 3
 
 Every cell is a maximum-likelihood fit on 300 headlines. Printed for each adapter and learning rate: training loss after
 some steps, loss on validation headlines, and by how much the network's loss as a language model rose on unrelated text.
 Means over seeds with 95 % t-intervals. Read the rates' rows at equal rate first, then each adapter's best row (chosen by the
-validation loss); forgetting is to be compared at equal validation loss, not at equal rate. Every finished cell is a line of
-the file ``--out``, and a second call takes it from there.
+validation loss); forgetting is to be compared at equal validation loss, not at equal rate. Every finished cell is a file of
+the folder ``--out`` and is not computed again; several processes may fill one folder.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from cells import Cells
 from scipy.stats import t as student
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 
 import pyrolora as pl
 from pyrolora.models.declarations import declared
@@ -56,26 +56,24 @@ def language_loss(backbone: pl.Backbone, batches: Iterator[Mapping[str, Tensor]]
     return total / tokens
 
 
-def cell(
-    arguments: argparse.Namespace, backbone: pl.Backbone, adapter: str, rate: float, seed: int
-) -> dict[str, float]:
+def measure(backbone: pl.Backbone, cell: dict[str, Any]) -> dict[str, float]:
     """One fit and what it did."""
-    task = pl.task(arguments.task, train_size=arguments.train_size, seed=seed)
-    made = declared(adapter, pl.Adapter.registered, "adapter")
+    task = pl.task(cell["task"], data_dir=cell["data_dir"], train_size=cell["train_size"], seed=cell["seed"])
+    made = declared(cell["adapter"], pl.Adapter.registered, "adapter")
     model = pl.BayesianModel(backbone, task, made, prior=pl.Flat())
     # a large first step is part of a start's character, so the rate rises over a few steps only
-    engine = pl.MAP(steps=arguments.steps, learning_rate=rate, seed=seed, warmup=0.02)
-    before = language_loss(backbone, text_batches(backbone, arguments.unrelated, arguments.rows))
+    engine = pl.MAP(steps=cell["steps"], learning_rate=float(cell["rate"]), seed=cell["seed"], warmup=0.02)
+    before = language_loss(backbone, text_batches(backbone, cell["unrelated"], cell["rows"]))
     try:
         posterior = engine.fit(model, task.train, progress=False)
     except FloatingPointError:
         return {"validation": math.inf, "forgotten": math.inf}
     losses = torch.tensor([entry["nll"] for entry in posterior.record["history"]])
-    marks = [step for step in (10, 20, 40, 80, 150, 300) if step <= arguments.steps]
+    marks = [step for step in (10, 20, 40, 80, 150, 300) if step <= cell["steps"]]
     found = {f"step {step}": float(losses[max(0, step - 10) : step].mean()) for step in marks}
     found["validation"] = float(-posterior.predict(task.validation).log_likelihood.mean())
     backbone.bind(model.deltas(posterior.mean()))
-    after = language_loss(backbone, text_batches(backbone, arguments.unrelated, arguments.rows))
+    after = language_loss(backbone, text_batches(backbone, cell["unrelated"], cell["rows"]))
     backbone.release()
     found["forgotten"] = after - before
     found["weights"] = sum(site.numel for site in model.sites.values())
@@ -103,38 +101,31 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--train-size", type=int, default=300)
     parser.add_argument("--rows", type=int, default=200, help="rows of unrelated text")
+    parser.add_argument("--data-dir")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--out", type=Path, default=Path("runs/placement_curves.jsonl"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("runs/placement_curves"))
     arguments = parser.parse_args()
-    backbone = pl.load_backbone(arguments.model, dtype=arguments.dtype)
-    shared = {
-        key: getattr(arguments, key) for key in ("model", "task", "unrelated", "steps", "train_size", "rows", "dtype")
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    lines = arguments.out.read_text().splitlines() if arguments.out.exists() else []
-    done = {json.dumps(entry["cell"]): entry["found"] for entry in map(json.loads, lines)}
-    rows: dict[tuple[str, str], list[dict[str, float]]] = {}
+    backbone = pl.load_backbone(arguments.model, dtype=arguments.dtype, device=arguments.device)
+    shared = {key: value for key, value in vars(arguments).items() if key not in ("adapters", "rates", "seeds", "out")}
     cells = [
-        (a, r, s)
-        for a in arguments.adapters.split("|")
-        for r in arguments.rates.split(",")
-        for s in range(arguments.seeds)
+        {**shared, "adapter": adapter, "rate": rate, "seed": seed}
+        for adapter in arguments.adapters.split("|")
+        for rate in arguments.rates.split(",")
+        for seed in range(arguments.seeds)
     ]
-    for adapter, rate, seed in tqdm(cells):
-        name = {**shared, "adapter": adapter, "rate": rate, "seed": seed}
-        if json.dumps(name) not in done:
-            done[json.dumps(name)] = cell(arguments, backbone, adapter, float(rate), seed)
-            with arguments.out.open("a") as file:
-                file.write(json.dumps({"cell": name, "found": done[json.dumps(name)]}) + "\n")
-        rows.setdefault((adapter, rate), []).append(done[json.dumps(name)])
-    columns = list(next(iter(rows.values()))[0])
+    rows: dict[tuple[str, str], list[dict[str, float]]] = {}
+    results = Cells(arguments.out).computed(cells, lambda cell: measure(backbone, cell))
+    for cell, found in zip(cells, results, strict=True):
+        rows.setdefault((cell["adapter"], cell["rate"]), []).append(found)
+    columns = list(max((entries[0] for entries in rows.values()), key=len))
     print(f"\n| adapter | rate | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
     best: dict[str, tuple[float, str]] = {}
-    for (adapter, rate), found in rows.items():
-        cells_ = [interval([entry.get(column, math.inf) for entry in found]) for column in columns]
-        mean = sum(entry["validation"] for entry in found) / len(found)
+    for (adapter, rate), entries in rows.items():
+        shown = [interval([entry.get(column, math.inf) for entry in entries]) for column in columns]
+        mean = sum(entry["validation"] for entry in entries) / len(entries)
         best[adapter] = min(best.get(adapter, (math.inf, "")), (mean, rate))
-        print(f"| {adapter} | {rate} | {' | '.join(cells_)} |")
+        print(f"| {adapter} | {rate} | {' | '.join(shown)} |")
     print("\nBest rate by validation loss:")
     for adapter, (loss, rate) in best.items():
         print(f"- {adapter}: {loss:.3f} at {rate}")

@@ -2,10 +2,10 @@
 
 Usage::
 
-    python benchmarks/placement_table.py --seeds 3 --out runs/placement
+    python benchmarks/placement_table.py --seeds 3 --device cuda --out runs/placement
 
-Each adapter is one comparison in a folder of its own below ``--out`` (resumable, as `pyrolora compare` is); the tables are
-merged here. On SmolLM2-135M all train about 460,800 weights.
+Each adapter is one comparison in a folder of its own below ``--out``, every method and seed a cell that one process claims
+and none repeats; the tables are merged here. On SmolLM2-135M all train about 460,800 weights.
 """
 
 import argparse
@@ -33,13 +33,16 @@ PLACEMENTS: dict[str, tuple[str, dict[str, dict[str, str]]]] = {
 def main() -> None:
     """Fit what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--task", default="bbc_headlines")
+    parser.add_argument("--data-dir")
     parser.add_argument("--train-size", type=int, default=300)
     parser.add_argument("--test-size", type=int, default=None)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--placements", default="|".join(PLACEMENTS), help="names, separated by |")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/placement"))
     arguments = parser.parse_args()
     methods = tuple(arguments.methods.split(","))
@@ -51,8 +54,9 @@ def main() -> None:
             for method in {*methods, "map"} - {"laplace_kron"}:
                 settings.setdefault(method, {})["steps"] = arguments.steps
         config = ExperimentConfig(
-            task=arguments.task, train_size=arguments.train_size, test_size=arguments.test_size, seeds=arguments.seeds,
-            methods=methods, adapter=adapter, settings=settings,
+            model=arguments.model, task=arguments.task, data_dir=arguments.data_dir, train_size=arguments.train_size,
+            test_size=arguments.test_size, seeds=arguments.seeds, methods=methods, adapter=adapter, settings=settings,
+            device=arguments.device,
         )  # fmt: skip
         folder = arguments.out / name.lower().replace(", ", "_")
         reports[name] = compare(config, folder)

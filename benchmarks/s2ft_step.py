@@ -2,7 +2,7 @@
 
 Usage::
 
-    python benchmarks/s2ft_step.py --steps 20 --tokens 128 --batch-size 2
+    python benchmarks/s2ft_step.py --steps 20 --tokens 128 --batch-size 2 --device cuda --out runs/s2ft_step
 
 S2FT and LoRA train the same number of weights. Full fine-tuning is the network's own weights with gradients on, in plain
 torch; FullRank is this library's, on hooks. Bytes are exact and counted once for each storage, without weights; of times
@@ -12,11 +12,14 @@ read the ratios of medians.
 import argparse
 import copy
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
+from cells import Cells
+from device_clock import seconds_of
 from torch import Tensor
 from torch.nn import functional
 
@@ -43,28 +46,21 @@ def counted(weights: set[int]) -> Iterator[dict[int, int]]:
         yield sizes
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--channels", type=int, default=77)
-    parser.add_argument("--dtype", default="float32")
-    arguments = parser.parse_args()
-    backbone = pl.load_backbone(arguments.model, dtype=arguments.dtype)
+def measure(cell: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Trained weights, bytes and seconds of each contender."""
+    backbone = pl.load_backbone(cell["model"], dtype=cell["dtype"], device=cell["device"])
     task = pl.task("bbc_headlines", train_size=30)
     adapters = {
         "LoRA, rank 8, all projections": pl.LoRA(rank=8, targets="all-linear"),
         "PiSSA, rank 8, all projections": pl.PiSSA(rank=8, targets="all-linear", iterations=2),
-        f"S2FT, {arguments.channels} channels and 1 head": pl.S2FT(channels=arguments.channels, heads=1),
+        f"S2FT, {cell['channels']} channels and 1 head": pl.S2FT(channels=cell["channels"], heads=1),
         "FullRank": pl.FullRank(),
     }
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(100, 40_000, (arguments.batch_size, arguments.tokens), generator=generator)
+    ids = torch.randint(100, 40_000, (cell["batch_size"], cell["tokens"]), generator=generator)
+    ids = ids.to(backbone.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    labels = torch.arange(arguments.batch_size) % len(task.labels)
+    labels = torch.arange(cell["batch_size"], device=backbone.device) % len(task.labels)
     steps: dict[str, tuple[Step, list[Tensor]]] = {}
     for name, adapter in adapters.items():
         model = pl.BayesianModel(backbone, task, adapter)
@@ -92,29 +88,54 @@ def main() -> None:
         del loss
         backbone.release()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for index in range(arguments.steps + 2):
+    for index in range(cell["steps"] + 2):
         for name, (forward, _) in steps.items():
-            began = time.perf_counter()
-            optimisers[name].zero_grad(set_to_none=True)
-            forward().backward()
-            optimisers[name].step()
-            backbone.release()
-            full.release()
+
+            def step(name: str = name, forward: Step = forward) -> None:
+                optimisers[name].zero_grad(set_to_none=True)
+                forward().backward()
+                optimisers[name].step()
+                backbone.release()
+                full.release()
+
+            took = seconds_of(step, cell["device"])
             if index >= 2:
-                seconds[name].append(time.perf_counter() - began)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    lora = next(iter(medians.values()))
-    print(
-        f"{arguments.batch_size} x {arguments.tokens} tokens, {arguments.dtype}, {arguments.steps} interleaved steps\n"
-    )
-    print(
-        "| contender | trained | kept for backward (MiB) | Adam (MiB) | median s | to LoRA |\n|---|---|---|---|---|---|"
-    )
-    for name, (_, parameters) in steps.items():
-        count = sum(parameter.numel() for parameter in parameters)
-        adam = sum(2 * p.numel() * p.element_size() for p in parameters) / 2**20
-        ratio = medians[name] / lora
-        print(f"| {name} | {count:,} | {kept[name] / 2**20:.0f} | {adam:.0f} | {medians[name]:.3f} | {ratio:.2f} |")
+                seconds[name].append(took)
+    return {
+        name: {
+            "trained": sum(parameter.numel() for parameter in parameters),
+            "kept": kept[name] / 2**20,
+            "adam": sum(2 * p.numel() * p.element_size() for p in parameters) / 2**20,
+            "seconds": statistics.median(seconds[name]),
+        }
+        for name, (_, parameters) in steps.items()
+    }
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--channels", type=int, default=77)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("runs/s2ft_step"))
+    arguments = parser.parse_args()
+    cell = {key: value for key, value in vars(arguments).items() if key != "out"}
+    found = Cells(arguments.out).computed([cell], measure)[0]
+    lora = next(iter(found.values()))["seconds"]
+    what = f"{arguments.batch_size} x {arguments.tokens} tokens, {arguments.dtype}, {arguments.device}"
+    print(f"{what}, {arguments.steps} interleaved steps\n")
+    print("| contender | trained | kept for backward (MiB) | Adam (MiB) | median ms | to LoRA |")
+    print("|---|---|---|---|---|---|")
+    for name, row in found.items():
+        print(
+            f"| {name} | {row['trained']:,} | {row['kept']:.0f} | {row['adam']:.0f} | {1e3 * row['seconds']:.1f} | "
+            f"{row['seconds'] / lora:.2f} |"
+        )
 
 
 if __name__ == "__main__":

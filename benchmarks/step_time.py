@@ -42,10 +42,10 @@ def hand_written(model: pl.BayesianModel, num_data: int, kl_weight: float) -> Ca
     def step(batch: Mapping[str, Tensor]) -> None:
         optimiser.zero_grad(set_to_none=True)
         rows = batch["input_ids"].shape[0]
-        draw, divergence = dict(locs), torch.zeros(())
+        draw, divergence = dict(locs), torch.zeros((), device=batch["labels"].device)
         for name, root in roots.items():
             scale = root.square()
-            draw[name] = locs[name] + scale * torch.randn(rows, *scale.shape)
+            draw[name] = locs[name] + scale * torch.randn(rows, *scale.shape, device=scale.device)
             ratio = (scale / 0.2).square()
             divergence = divergence + 0.5 * (ratio + (locs[name] / 0.2).square() - 1 - ratio.log()).sum()
         logits = model.row_logits(batch, draw)
@@ -94,15 +94,16 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=16)
     arguments = parser.parse_args()
-    backbone = pl.load_backbone("smollm2-135m", dtype=arguments.dtype)
+    backbone = pl.load_backbone("smollm2-135m", dtype=arguments.dtype, device=arguments.device)
     task = pl.task("bbc_headlines", train_size=300)
     blob_prior = {"*.lora_A": dist.Normal(0.0, 0.2), "*.lora_B": pl.Flat()}
     blob = pl.BayesianModel(backbone, task, prior=blob_prior)
     mle = pl.BayesianModel(backbone, task, prior=pl.Flat())
-    label_ids = torch.tensor(task.format.label_ids(backbone.tokenizer))
+    label_ids = torch.tensor(task.format.label_ids(backbone.tokenizer), device=backbone.device)
     own_attention = backbone.network.config._attn_implementation
     steps = 10 * arguments.steps
     contenders = {
@@ -115,7 +116,7 @@ def main() -> None:
     if own_attention != "sdpa":
         contenders[f"PEFT LoRA, {own_attention}"] = peft(backbone, label_ids, own_attention)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    stream = blob.encode(task.train).stream(arguments.batch_size, seed=0)
+    stream = blob.encode(task.train).stream(arguments.batch_size, seed=0, device=backbone.device)
     for index in range(arguments.steps + 3):
         batch = next(stream)
         for name, step in contenders.items():
@@ -125,12 +126,14 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     references = [name for name in contenders if name.startswith(("hand", "PEFT"))]
-    print(f"dtype {arguments.dtype}, batch {arguments.batch_size}, {arguments.steps} interleaved steps\n")
+    print(
+        f"{arguments.device}, dtype {arguments.dtype}, batch {arguments.batch_size}, {arguments.steps} interleaved steps\n"
+    )
     print("| contender | median ms | " + " | ".join(f"ratio to {name}" for name in references) + " |")
     print("|---|---|" + "---|" * len(references))
     for name, median in medians.items():
         ratios = " | ".join(f"{median / medians[reference]:.3f}" for reference in references)
-        print(f"| {name} | {1000 * median:.0f} | {ratios} |")
+        print(f"| {name} | {1000 * median:.1f} | {ratios} |")
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ class Guide(PyroModule):
         from pyrolora.guides.samplers import draws_of, require_sampler
 
         require_sampler(sampler)
-        with SeededBy(generator, self._devices()):
+        with SeededBy(generator, self.devices()):
             # a view of a point's parameter asks for gradients even when it is made without them
             return {name: draws_of(factor.distribution(), draws, sampler).detach() for name, factor in self.items()}
 
@@ -197,9 +197,13 @@ class Guide(PyroModule):
 
     @torch.no_grad()
     def second_moments(self, sites: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Mean over each site's weights of E_q[w^2], as learned priors need it; by default of all sites."""
+        """E_q[w^2] of every weight, as learned priors need it; by default of all sites.
+
+        Shape:
+            site name -> the site's shape
+        """
         wanted = set(self.site_names if sites is None else sites)
-        return {name: factor.second_moment().mean() for name, factor in self.items() if name in wanted}
+        return {name: factor.second_moment() for name, factor in self.items() if name in wanted}
 
     def parameters_by_role(self) -> dict[str, list[nn.Parameter]]:
         """Parameters grouped into ``loc``, ``scale``, ``point`` and ``manifold``."""
@@ -209,7 +213,8 @@ class Guide(PyroModule):
                 groups[factor.roles[name]].append(parameter)
         return groups
 
-    def _devices(self) -> list[torch.device]:
+    def devices(self) -> list[torch.device]:
+        """GPUs that hold parameters, whose random state draws come from."""
         return sorted({p.device for p in self.parameters() if p.device.type == "cuda"}, key=str)
 
 

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from pyrolora.guides.base import Factor, Family
-from pyrolora.guides.mean_field import MeanField, require_positive, starting_scale
+from pyrolora.guides.mean_field import IndependentNormalFactor, MeanField, require_positive, starting_scale
 from pyrolora.guides.point import PointFactor
 from pyrolora.models.naming import nearest
 from pyrolora.models.sites import Site
@@ -87,7 +86,7 @@ class BLoB(Family):
         return MeanField().factor(site, start, prior) if site.hyper else PointFactor(site, start)
 
 
-class SquaredScaleFactor(Factor):
+class SquaredScaleFactor(IndependentNormalFactor):
     """Normal(loc, root_scale^2) for each weight; ``root_scale`` is the paper's G, ``loc`` its M."""
 
     roles: ClassVar = {"loc": "loc", "root_scale": "scale"}
@@ -103,20 +102,18 @@ class SquaredScaleFactor(Factor):
         return self.root_scale.square()
 
     @torch.no_grad()
+    def set_scale(self, scale: Tensor) -> None:
+        """See `IndependentNormalFactor.set_scale`."""
+        self.root_scale.copy_(scale.sqrt())
+
+    def log_scale_gradient(self) -> Tensor | None:
+        """See `IndependentNormalFactor.log_scale_gradient`."""
+        gradient = self.root_scale.grad
+        return None if gradient is None else gradient * self.root_scale.detach() / 2
+
+    @torch.no_grad()
     def draw_start(self, generator: torch.Generator) -> None:
         """Put G where the released code starts it, uniform in [eps / sqrt 2, eps]."""
         uniform = torch.rand(self.root_scale.shape, generator=generator, dtype=torch.float64)
         low = RELEASED_ROOT / math.sqrt(2)
         self.root_scale.copy_(low + (RELEASED_ROOT - low) * uniform)
-
-    def distribution(self) -> TorchDistribution:
-        """See `Factor.distribution`."""
-        return dist.Normal(self.loc, self.scale, validate_args=False).to_event(self.loc.dim())
-
-    def mean(self) -> Tensor:
-        """See `Factor.mean`."""
-        return self.loc
-
-    def second_moment(self) -> Tensor:
-        """See `Factor.second_moment`."""
-        return self.loc.square() + self.scale.square()

@@ -1,5 +1,6 @@
 """Independent Normal posteriors, one mean and one standard deviation for each weight."""
 
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -71,7 +72,38 @@ def starting_scale(init_scale: float | None, site: Site, start: Tensor, prior: T
     return scale.to(start).expand(site.shape).clone()
 
 
-class NormalFactor(Factor):
+class IndependentNormalFactor(Factor):
+    """A Normal for each weight, with its mean as the parameter ``loc`` and its width in a parameter of a subclass."""
+
+    loc: nn.Parameter
+
+    @property
+    @abstractmethod
+    def scale(self) -> Tensor:
+        """Standard deviation of each weight."""
+
+    @abstractmethod
+    def set_scale(self, scale: Tensor) -> None:
+        """Put the standard deviation of each weight to a value of the site's shape."""
+
+    @abstractmethod
+    def log_scale_gradient(self) -> Tensor | None:
+        """Gradient of the last loss in the logarithm of each standard deviation; None without a backward."""
+
+    def distribution(self) -> TorchDistribution:
+        """See `Factor.distribution`."""
+        return dist.Normal(self.loc, self.scale, validate_args=False).to_event(self.loc.dim())
+
+    def mean(self) -> Tensor:
+        """See `Factor.mean`."""
+        return self.loc
+
+    def second_moment(self) -> Tensor:
+        """See `Factor.second_moment`."""
+        return self.loc.square() + self.scale.square()
+
+
+class NormalFactor(IndependentNormalFactor):
     """Normal(loc, exp(log_scale)) for each weight."""
 
     roles: ClassVar = {"loc": "loc", "log_scale": "scale"}
@@ -86,17 +118,14 @@ class NormalFactor(Factor):
         """Standard deviation of each weight."""
         return self.log_scale.exp()
 
-    def distribution(self) -> TorchDistribution:
-        """See `Factor.distribution`."""
-        return dist.Normal(self.loc, self.scale, validate_args=False).to_event(self.loc.dim())
+    @torch.no_grad()
+    def set_scale(self, scale: Tensor) -> None:
+        """See `IndependentNormalFactor.set_scale`."""
+        self.log_scale.copy_(scale.log())
 
-    def mean(self) -> Tensor:
-        """See `Factor.mean`."""
-        return self.loc
-
-    def second_moment(self) -> Tensor:
-        """See `Factor.second_moment`."""
-        return self.loc.square() + self.scale.square()
+    def log_scale_gradient(self) -> Tensor | None:
+        """See `IndependentNormalFactor.log_scale_gradient`."""
+        return self.log_scale.grad
 
 
 class TransformedNormalFactor(Factor):

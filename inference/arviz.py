@@ -12,6 +12,7 @@ from torch import Tensor
 from pyrolora.inference.predictive import log_likelihood
 from pyrolora.inference.spectrum import change_spectra
 from pyrolora.models.naming import nearest
+from pyrolora.models.randomness import seeded
 from pyrolora.models.sites import Site
 from pyrolora.models.tasks import EncodedSplit, Split
 
@@ -238,8 +239,7 @@ def _by_draw(values: Tensor, draws: int) -> tuple[list[str], np.ndarray]:
 def _prior_draws(posterior: "Posterior", sites: Sequence[Site], draws: int, seed: int) -> dict[str, Tensor]:
     """Prior draws of the sites whose prior is a proper fixed distribution."""
     prior, found = posterior.model.prior, {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed, posterior.model.backbone.device):
         for site in sites:
             entry = prior.to_dict().get(site.name)
             if entry is not None and entry["prior"] not in ("Flat", "callable"):

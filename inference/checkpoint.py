@@ -31,8 +31,12 @@ def write(run: "TrainingRun", folder: str | Path) -> None:
     """
     tensors: dict[str, Tensor] = {f"guide.{key}": value for key, value in run.guide.state_dict().items()}
     tensors.update(run.optimiser.state_tensors())
+    if run.widths is not None:
+        tensors.update(run.widths.state_tensors())
     tensors.update({f"average.{index}": value for index, value in enumerate(run.averages)})
     tensors.update({f"prior.{name}": scale for name, scale in run.model.prior.scales.items()})
+    if run.bank is not None:
+        tensors.update(run.bank.state_tensors())
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     about = {
         "step": run.step,
@@ -71,11 +75,15 @@ def restore(run: "TrainingRun", folder: str | Path) -> None:
     guide = {key.removeprefix("guide."): value for key, value in tensors.items() if key.startswith("guide.")}
     run.guide.load_state_dict(guide)
     run.optimiser.load_state(tensors, about["step"])
+    if run.widths is not None:
+        run.widths.load_state(tensors)
     for index, parameter in enumerate(run.parameters):
         if (average := tensors.get(f"average.{index}")) is not None:
             run.averages.append(average.to(parameter.device))
     for name, scale in run.model.prior.scales.items():
         scale.copy_(tensors[f"prior.{name}"].to(scale))
+    if run.bank is not None:
+        run.bank.load_state(tensors)
     run.step = about["step"]
     run.history = [StepStats(**stats) for stats in about["history"]]
 

@@ -1,7 +1,7 @@
 """Adversarial meta-tuning: few-shot episodes, queries attacked in pixels, and weights perturbed before each step."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -144,11 +144,13 @@ class MetaTuningRun(TrainingRun):
 
     engine: MetaTuning
 
-    def _make_optimiser(self, plan: BlockPlan | None, manifold_step: RiemannianStep) -> GuideAdam:
+    def _make_optimiser(
+        self, plan: BlockPlan | None, manifold_step: RiemannianStep, left_out: Collection[str]
+    ) -> GuideAdam:
         if self.engine.momentum is None:
-            return super()._make_optimiser(plan, manifold_step)
+            return super()._make_optimiser(plan, manifold_step, left_out)
         descend = partial(torch.optim.SGD, momentum=self.engine.momentum)
-        return GuideAdam(self.guide, self._rates(), plan, manifold_step, descend)
+        return GuideAdam(self.guide, self._rates(), plan, manifold_step, left_out, descend)
 
     def _rate_factor(self, step: int) -> float:
         """Linear rise over the warm-up, then a cosine that would reach zero after the last step."""
@@ -254,23 +256,29 @@ def robust_program(
     Returns:
         The labels.
     """
-    clean, attacked = robust_logits(model, batch, model.sample_sites())
+    clean, attacked = robust_logits(model, batch, model.sample_sites(), local=True)
     penalty = None if attacked is None else weight * divergence(clean, attacked, direction)
     return observe_labels(clean, batch["labels"].to(clean.device), batch["index"].to(clean.device), num_data, penalty)
 
 
 def robust_logits(
-    model: BayesianModel, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]
+    model: BayesianModel, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor], *, local: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Logits of the clean rows and of the attacked ones under one draw; None without an attack.
+
+    Args:
+        model: the model.
+        batch: see `robust_program`.
+        draw: site name -> value.
+        local: see `BayesianModel.row_logits`.
 
     Shape:
         ``(rows, classes)`` twice
     """
     if "attacked" not in batch:
-        return model.row_logits(batch, draw), None
+        return model.row_logits(batch, draw, local=local), None
     clean = batch["pixel_values"].to(batch["attacked"].device)
     # side by side, so that rows that share a draw or a gate stay together
     both = torch.stack([clean, batch["attacked"]], dim=1).flatten(0, 1)
-    logits = model.row_logits({**batch, "pixel_values": both}, draw).unflatten(0, (-1, 2))
+    logits = model.row_logits({**batch, "pixel_values": both}, draw, local=local).unflatten(0, (-1, 2))
     return logits[:, 0], logits[:, 1]

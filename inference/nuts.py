@@ -22,6 +22,7 @@ from pyrolora.inference.vbll.natural import GaussianRows, Whitened, optimum
 from pyrolora.inference.vbll.objectives import Objective
 from pyrolora.models.adapters.last_layer import HEAD
 from pyrolora.models.program import BayesianModel
+from pyrolora.models.randomness import seeded
 from pyrolora.models.tasks import EncodedSplit, Split
 
 logger = logging.getLogger(__name__)
@@ -107,10 +108,10 @@ class NUTS:
         start = {name: known[name] for name in model.sites if name in known and name != HEAD}
         cache = FeatureCache(self.feature_folder, self.batch_size)
         features = cache.features(model, start, encoded, progress=progress)
-        seen = HeadData.of(head, features.values, features.labels)
+        # a leapfrog step is a dozen products of small float64 matrices one after another: no work for an accelerator
+        seen = HeadData.of(head, features.values.cpu(), features.labels.cpu())
         white = Whitened.of(seen, *head.normal_prior())
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             coordinates, divergences = self._sample(head, seen, white, progress)
             weights = _weights(white, coordinates)
         families: dict[str, Family] = {name: Point() for name in model.sites}

@@ -1,6 +1,6 @@
 """Adam over a guide's parameters, whole or only the entries of the blocks that are being trained."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +40,7 @@ class GuideAdam:
         rates: learning rate of each role, or of one site's role under ``"<site>/<role>"``.
         plan: the blocks of each interval, or None to train everything.
         manifold_step: how parameters in the role ``"manifold"`` move; which ones they are is filled in here.
+        left_out: ``"<site>/<role>"`` of parameters that others move; they are among `parameters` and not of the optimiser.
         make: makes another torch optimiser in Adam's place, from groups of parameters.
 
     Raises:
@@ -53,17 +54,20 @@ class GuideAdam:
         rates: Mapping[str, float],
         plan: BlockPlan | None = None,
         manifold_step: RiemannianStep | None = None,
+        left_out: Collection[str] = (),
         make: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
     ) -> None:
         self.plan = plan
-        groups = _groups(guide, rates)
-        self.parameters: list[nn.Parameter] = [parameter for _, _, members in groups for parameter in members]
+        groups, others = _groups(guide, rates, left_out)
+        own = [parameter for _, _, members in groups for parameter in members]
+        # those that are left out come last: positions of the others count only them
+        self.parameters: list[nn.Parameter] = [*own, *others]
         self.adam = make([{"params": members, "lr": rate} for _, rate, members in groups], foreach=True)
         self.peak_rates = [rate for _, rate, _ in groups]
         self._group_of = [number for number, (_, _, members) in enumerate(groups) for _ in members]
         self._roles = [role for role, _, members in groups for _ in members]
-        self._sites = self._sites_of(guide)
-        self._tensors: dict[Part, Tensor] = {(i, None): parameter for i, parameter in enumerate(self.parameters)}
+        self._sites = self._sites_of(guide, own)
+        self._tensors: dict[Part, Tensor] = {(i, None): parameter for i, parameter in enumerate(own)}
         self._take_step = replace(manifold_step or RiemannianStep(()), parameters=self._points())
         self._resting: dict[Part, dict[str, Tensor]] = {}
         self._interval: int | None = None
@@ -74,17 +78,17 @@ class GuideAdam:
         """What is being trained on a manifold."""
         return [tensor for (position, _), tensor in self._tensors.items() if self._roles[position] == "manifold"]
 
-    def _sites_of(self, guide: Guide) -> list[str | None]:
+    def _sites_of(self, guide: Guide, parameters: Sequence[nn.Parameter]) -> list[str | None]:
         """The site of each parameter whose entries may rest, None for the others."""
         if self.plan is None:
-            return [None] * len(self.parameters)
+            return [None] * len(parameters)
         owners = {id(parameter): name for name, factor in guide.items() for parameter in factor.parameters()}
         counts: dict[str, int] = {}
         for entries in self.plan.blocks.values():
             for name, which in entries.items():
                 counts[name] = counts.get(name, 0) + len(which)
         sites: list[str | None] = []
-        for parameter in self.parameters:
+        for parameter in parameters:
             name = owners[id(parameter)]
             if name in counts and parameter.shape[:1] != (counts[name],):
                 raise ValueError(
@@ -195,8 +199,11 @@ def _moved(states: Mapping[Part, dict[str, Tensor]], device: Any) -> dict[Part, 
     }
 
 
-def _groups(guide: Guide, rates: Mapping[str, float]) -> list[tuple[str, float, list[nn.Parameter]]]:
-    """Role, learning rate and parameters of every group that has some."""
+def _groups(
+    guide: Guide, rates: Mapping[str, float], left_out: Collection[str]
+) -> tuple[list[tuple[str, float, list[nn.Parameter]]], list[nn.Parameter]]:
+    """Role, learning rate and parameters of every group that has some, and the parameters that are left out."""
+    others = []
     groups: dict[str, tuple[str, float, list[nn.Parameter]]] = {
         key: (key, rates[key], []) for key in ROLES if key in rates
     }
@@ -204,6 +211,9 @@ def _groups(guide: Guide, rates: Mapping[str, float]) -> list[tuple[str, float, 
         for name, parameter in factor.named_parameters():
             role = factor.roles[name]
             own = f"{site}/{role}"
+            if own in left_out:
+                others.append(parameter)
+                continue
             key = own if own in rates else role
             groups.setdefault(key, (role, rates[key], []))[2].append(parameter)
-    return [group for group in groups.values() if group[2]]
+    return [group for group in groups.values() if group[2]], others

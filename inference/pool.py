@@ -269,7 +269,7 @@ class TaskMerging:
         if self.augmentation is not None:
             scored = torch.cat([self.augmentation(support, generator) for _ in range(self.copies)], dim=1)
         each = torch.eye(adapter.members, device=device, dtype=model.backbone.site_dtype)
-        model.bind({**self.posterior.mean(), adapter.weights_name: each.repeat_interleave(episodes, 0)})
+        model.bind(batch, {**self.posterior.mean(), adapter.weights_name: each.repeat_interleave(episodes, 0)})
 
         def of_members(images: Tensor) -> Tensor:
             return images.repeat(adapter.members, *[1] * (images.dim() - 1))

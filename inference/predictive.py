@@ -134,7 +134,8 @@ def logits_of_draws(model: BayesianModel, batch: Batch, draw: Mapping[str, Tenso
     at_once = max(1, ROWS_AT_ONCE // row_count(batch))
     chunks = []
     for first in range(0, draws, at_once):
-        chunks.append(model.logits(batch, {name: value[first : first + at_once] for name, value in draw.items()}))
+        part = {name: value[first : first + at_once] for name, value in draw.items()}
+        chunks.append(model.logits(batch, part, local=True))
     return torch.cat(chunks)
 
 

@@ -1,7 +1,8 @@
 """Ranks of low-rank posteriors that the data say nothing about: found by signal-to-noise, reported, and taken out."""
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,15 +23,18 @@ class RankReport:
         layers: number of the block of each entry.
         signal_to_noise: ``|E b_k a_k'| / sqrt(E |b_k a_k'|^2 - |E b_k a_k'|^2)`` in the Frobenius norm; infinite for a point.
         kept: which parts stay.
+        prior_scales: ``"lora_A"`` and ``"lora_B"``, where the prior has `learned` scales -> the scale (standard deviation of
+            one weight under the prior) of the row or column that makes up each part.
 
     Shape:
-        signal_to_noise and kept ``(layers, rank)``
+        signal_to_noise, kept and prior scales ``(layers, rank)``
     """
 
     projection: str
     layers: tuple[int, ...]
     signal_to_noise: Tensor
     kept: Tensor
+    prior_scales: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def effective_ranks(self) -> list[int]:
@@ -38,11 +42,17 @@ class RankReport:
         return [int(count) for count in self.kept.sum(1)]
 
     def to_markdown(self) -> str:
-        """One line a layer: parts kept, and the smallest, median and largest signal-to-noise."""
-        lines = [f"| {self.projection}, layer | kept | smallest | median | largest |", "|---|---|---|---|---|"]
-        for layer, kept, values in zip(self.layers, self.effective_ranks, self.signal_to_noise, strict=True):
-            cells = " | ".join(f"{float(value):.3g}" for value in (values.min(), values.median(), values.max()))
-            lines.append(f"| {layer} | {kept} of {len(values)} | {cells} |")
+        """One line a layer: parts kept, the smallest, median and largest signal-to-noise, and the range of learned scales."""
+        heads = [f"{self.projection}, layer", "kept", "smallest", "median", "largest"]
+        heads += [f"prior scale of {factor}" for factor in self.prior_scales]
+        lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        for entry, (layer, kept) in enumerate(zip(self.layers, self.effective_ranks, strict=True)):
+            values = self.signal_to_noise[entry]
+            cells = [str(layer), f"{kept} of {len(values)}"]
+            cells += [f"{float(value):.3g}" for value in (values.min(), values.median(), values.max())]
+            scales = [scale[entry] for scale in self.prior_scales.values()]
+            cells += [f"{float(scale.min()):.3g} to {float(scale.max()):.3g}" for scale in scales]
+            lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines)
 
 
@@ -86,7 +96,18 @@ def rank_reports(posterior: Posterior, threshold: float) -> dict[str, RankReport
         noise = (whole - signal).clamp_min(0)
         ratio = torch.where(noise > 0, (signal / noise).sqrt(), torch.where(signal > 0, torch.inf, 0.0))
         layers = posterior.model.sites[f"{pair}.lora_A"].layers
-        found[pair] = RankReport(pair, layers, ratio, ratio >= threshold)
+        found[pair] = RankReport(pair, layers, ratio, ratio >= threshold, _prior_scales(posterior, pair, ratio.shape))
+    return found
+
+
+def _prior_scales(posterior: Posterior, pair: str, shape: torch.Size) -> dict[str, Tensor]:
+    """Learned prior scales of the row of A and the column of B of every part, or the quadratic mean of several."""
+    found = {}
+    for factor, within in (("lora_A", -1), ("lora_B", -2)):
+        name = f"{pair}.{factor}"
+        if (scale := posterior.model.prior.scales.get(name)) is not None:
+            variance = scale.square().expand(posterior.model.sites[name].shape).mean(within)
+            found[factor] = variance.sqrt().reshape(shape)
     return found
 
 

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from pyrolora.guides import BLoB
 from pyrolora.guides.base import Family, GuideSpecification, by_pattern
+from pyrolora.inference.natural_widths import WIDTHS
 from pyrolora.inference.noise import SCOPES, TOKEN_SCOPES
 from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.retaining import QualityRetaining
 from pyrolora.inference.riemannian import STEPS, check_settings
 from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.training import TrainingRun
@@ -40,6 +42,8 @@ class SVI:
         batch_size: examples a step.
         learning_rate: Adam's rate for means and points.
         scale_learning_rate: Adam's rate for the parameters of the standard deviations.
+        width: how standard deviations are found: ``"gradient"``, by Adam; ``"natural"``, each put at its optimum for the
+            curvature that the steps so far have seen, which needs no rate and no good start; see `NaturalWidths`.
         kl_weight: weight of the KL (temperature of the posterior).
         particles: draws a step, one backward each.
         noise: ``"example"`` draws independently for every example, ``"weight"`` once for the batch; ``"token"`` (local
@@ -54,6 +58,7 @@ class SVI:
         landing_penalty: weight of the landing field's attraction to the manifold.
         seed: seeds the start, the order of the data and all draws.
         schedule: which blocks are trained when; None trains all of them in every step.
+        retaining: holds the predictions of a task near what they were, see `QualityRetaining`; None for the plain likelihood.
         checkpoint: folder to keep the state in, or None.
         checkpoint_every: steps between two checkpoints.
 
@@ -67,6 +72,7 @@ class SVI:
     batch_size: int = field(default=16, metadata={"help": "examples a step"})
     learning_rate: float = field(default=1e-3, metadata={"help": "rate of means and points"})
     scale_learning_rate: float = field(default=2e-2, metadata={"help": "rate of standard deviations"})
+    width: str = field(default="gradient", metadata={"help": "'gradient' or 'natural' standard deviations"})
     kl_weight: float = field(default=1.0, metadata={"help": "weight of the KL; 1 is the true ELBO"})
     particles: int = field(default=1, metadata={"help": "draws a step"})
     noise: str = field(default="example", metadata={"help": "'example', 'weight', 'token' or 'flipout'"})
@@ -79,6 +85,9 @@ class SVI:
     seed: int = field(default=0, metadata={"help": "seed of start, data order and draws"})
     schedule: BlockSchedule | None = field(
         default=None, metadata={"help": "which blocks are trained when; None for all"}
+    )
+    retaining: QualityRetaining | None = field(
+        default=None, metadata={"help": "what holds predictions near earlier ones; None for nothing"}
     )
     checkpoint: str | Path | None = field(default=None, metadata={"help": "folder of the training state"})
     checkpoint_every: int = field(default=50, metadata={"help": "steps between checkpoints"})
@@ -108,9 +117,21 @@ class SVI:
             raise ValueError(
                 f"average is a fraction of the steps in [0, 1); got {self.average}. Try 0.25, or 0 for none."
             )
+        if self.width not in WIDTHS:
+            raise ValueError(
+                f"Unknown width {self.width!r}. Did you mean {nearest(str(self.width), WIDTHS)!r}? "
+                f"Widths: {', '.join(WIDTHS)}."
+            )
+        if self.width == "natural" and self.schedule is not None:
+            raise ValueError(
+                "width='natural' reads the curvature of every weight in every step, and a schedule lets blocks rest. Use "
+                "width='gradient', or no schedule."
+            )
         check_settings(self.manifold_step, self.retraction, self.landing_penalty)
         if self.schedule is not None and not isinstance(self.schedule, BlockSchedule):
             raise TypeError(f"The schedule is a {type(self.schedule).__name__}; expected BlockSchedule(...), or None.")
+        if self.retaining is not None and not isinstance(self.retaining, QualityRetaining):
+            raise TypeError(f"retaining is a {type(self.retaining).__name__}; expected QualityRetaining(...), or None.")
         if self.noise not in SCOPES:
             raise ValueError(
                 f"Unknown noise scope {self.noise!r}. Did you mean {nearest(self.noise, SCOPES)!r}? "
@@ -179,6 +200,7 @@ class SVI:
         """Settings, ready for JSON."""
         settings = {key: value for key, value in vars(self).items() if key not in ("guide", "checkpoint")}
         settings["schedule"] = None if self.schedule is None else self.schedule.to_dict()
+        settings["retaining"] = None if self.retaining is None else self.retaining.to_dict()
         patterns = self.guide if isinstance(self.guide, Mapping) else None
         settings["guide"] = (
             self.guide.to_dict()

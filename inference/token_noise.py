@@ -64,7 +64,7 @@ class TokenNoise:
         with SeededBy(self.seeds, [device] if device.type == "cuda" else []):
             for first in range(0, self.draws, at_once):
                 count = min(at_once, self.draws - first)
-                logits = self.model.row_logits(self.model.repeated(batch, count), self.draw)
+                logits = self.model.row_logits(self.model.repeated(batch, count), self.draw, local=True)
                 chunks.append(logits.unflatten(0, (count, rows)).softmax(-1))
         return torch.cat(chunks)
 

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -23,14 +23,18 @@ from pyrolora.inference.digests import data_digest, tensor_digest
 from pyrolora.inference.elbo import AnalyticELBO
 from pyrolora.inference.engine import History, StepStats
 from pyrolora.inference.logit_gradients import require_linear
+from pyrolora.inference.natural_widths import NaturalWidths
 from pyrolora.inference.noise import TOKEN_SCOPES, NoiseMessenger, TemperMessenger, TokenMessenger
 from pyrolora.inference.optimiser import GuideAdam
 from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.retaining import QUALITY, LogitBank, QualityRetaining, RetainingMessenger
 from pyrolora.inference.riemannian import RiemannianStep
 from pyrolora.inference.schedules import BlockPlan
 from pyrolora.models.active_entries import ActiveEntries
-from pyrolora.models.likelihoods import ADVERSARIAL, OBSERVED
+from pyrolora.models.adapters.base import PROGRESS
+from pyrolora.models.likelihoods import ADVERSARIAL, LABEL
 from pyrolora.models.program import BayesianModel
+from pyrolora.models.randomness import seeded
 from pyrolora.models.stiefel import project
 from pyrolora.models.tasks import EncodedSplit, Split, independent_rows
 from pyrolora.models.trunk import TrunkCache
@@ -39,6 +43,9 @@ if TYPE_CHECKING:
     from pyrolora.inference.svi import SVI
 
 logger = logging.getLogger(__name__)
+
+# terms of the loss that are no divergence of a site
+OBSERVED = (LABEL, QUALITY, ADVERSARIAL)
 
 
 class TrainingRun:
@@ -74,7 +81,10 @@ class TrainingRun:
         schedule = engine.schedule
         plan = None if schedule is None else schedule.plan(model.sites, model.backbone, self.seed)
         manifold_step = RiemannianStep((), engine.manifold_step, engine.retraction, engine.landing_penalty)
-        self.optimiser = self._make_optimiser(plan, manifold_step)
+        natural = engine.width == "natural"
+        self.widths = NaturalWidths(self.guide, model, len(self.data), engine.kl_weight) if natural else None
+        left_out = self.widths.left_out if self.widths is not None else ()
+        self.optimiser = self._make_optimiser(plan, manifold_step, left_out)
         self.parameters: list[Tensor] = list(self.optimiser.parameters)
         self.noisy_sites = frozenset(name for name in self.guide.site_names if self._is_noisy(name))
         if engine.noise in TOKEN_SCOPES:
@@ -84,6 +94,8 @@ class TrainingRun:
                     # refuses a family without token noise before the first step
                     local_weight(factor.distribution(), engine.noise)
         self.elbo = AnalyticELBO(num_particles=engine.particles)
+        groups = getattr(model.task.format, "group_of_class", torch.zeros(model.classes or 0, dtype=torch.int64))
+        self.bank = None if engine.retaining is None else self._bank(engine.retaining, groups)
         self.trunks = TrunkCache(model.backbone, model.first_block, len(self.data))
         self.step = 0
         self.history: History = []
@@ -95,8 +107,19 @@ class TrainingRun:
             checkpoint.restore(self, engine.checkpoint)
             logger.info("Resuming at step %d from %s", self.step, engine.checkpoint)
 
-    def _make_optimiser(self, plan: BlockPlan | None, manifold_step: RiemannianStep) -> GuideAdam:
-        return GuideAdam(self.guide, self._rates(), plan, manifold_step)
+    def _make_optimiser(
+        self, plan: BlockPlan | None, manifold_step: RiemannianStep, left_out: Collection[str]
+    ) -> GuideAdam:
+        return GuideAdam(self.guide, self._rates(), plan, manifold_step, left_out)
+
+    def _bank(self, settings: QualityRetaining, group_of_class: Tensor) -> LogitBank:
+        if not len(group_of_class):
+            raise ValueError(
+                f"The task {self.model.task.name!r} scores options, which are no classes to retain. Leave retaining out, or "
+                "use a task whose labels are classes."
+            )
+        backbone = self.model.backbone
+        return LogitBank(settings, group_of_class, backbone.device, backbone.site_dtype)
 
     def _is_noisy(self, name: str) -> bool:
         factor = dict(self.guide.items())[name]
@@ -177,6 +200,8 @@ class TrainingRun:
             FloatingPointError: loss or gradient is not finite.
         """
         engine = self.engine
+        if PROGRESS in self.model.context_keys:
+            batch = {**batch, PROGRESS: torch.tensor(self.step / engine.steps)}
         entries = self.optimiser.activate(self.step)
         self.optimiser.zero_grad()
         resting = nullcontext() if entries is None else ActiveEntries(entries)
@@ -190,17 +215,28 @@ class TrainingRun:
             nn.utils.clip_grads_with_norm_(self.optimiser.trained, engine.max_grad_norm, torch.tensor(norm))
         self.consistent = False
         self.optimiser.step(self._rate_factor(self.step))
-        if self.learns_scales and (learned := self.model.prior.learned_sites):
-            self.model.prior.update_scales(self.guide.second_moments(learned), (self.step + 1) / engine.steps)
         self.step += 1
+        if self.widths is not None:
+            self.widths.step(self.step)
+        if self.learns_scales:
+            self._update_scales()
+        if self.bank is not None:
+            self.bank.update()
         self._average()
         nll = self.elbo.terms["label"]
         kl = sum(value for name, value in self.elbo.terms.items() if name not in OBSERVED) / engine.kl_weight
-        figures = self.model.diagnostics(self.guide.mean())
-        stats = StepStats(self.step, loss, nll, kl, norm, adversarial=self.elbo.terms.get(ADVERSARIAL), **figures)
+        figures: dict[str, Any] = self.model.diagnostics(self.guide.mean(), batch)
+        figures |= {"retained": self.elbo.terms.get(QUALITY), "adversarial": self.elbo.terms.get(ADVERSARIAL)}
+        stats = StepStats(self.step, loss, nll, kl, norm, **figures)
         self.history.append(stats)
         self.consistent = True
         return stats
+
+    def _update_scales(self) -> None:
+        """Move the learned prior scales whose turn it is to their optimum for the guide as it is."""
+        prior, progress = self.model.prior, self.step / self.engine.steps
+        if due := prior.due_scales(progress, self.step):
+            prior.update_scales(self.guide.second_moments(due), progress, self.step)
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -213,7 +249,8 @@ class TrainingRun:
 
     def _backward(self, batch: Mapping[str, Tensor]) -> float:
         """Loss of a batch in nats per example, its gradients in place and its terms in ``self.elbo``."""
-        run_model, run_guide = self._scoped(self.model.__call__, batch), self._scoped(self.guide.__call__, batch)
+        program = self.model.__call__ if self.bank is None else RetainingMessenger(self.bank)(self.model.__call__)
+        run_model, run_guide = self._scoped(program, batch), self._scoped(self.guide.__call__, batch)
         return self.elbo.loss_and_grads(run_model, run_guide, batch, len(self.data))
 
     def _scoped(self, program: Callable[..., Any], batch: Mapping[str, Tensor]) -> Callable[..., Any]:
@@ -237,17 +274,17 @@ class TrainingRun:
     @contextmanager
     def _seeded_step(self) -> Iterator[None]:
         """Draws that depend on the seed and the step alone, and leave the user's random state as it was."""
-        devices = [self.model.backbone.device] if self.model.backbone.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            mixed = hashlib.sha256(f"{self.seed}:{self.step}".encode()).digest()
-            torch.manual_seed(int.from_bytes(mixed[:7], "big"))
+        mixed = hashlib.sha256(f"{self.seed}:{self.step}".encode()).digest()
+        with seeded(int.from_bytes(mixed[:7], "big"), self.model.backbone.device):
             yield
 
     def _describe_failure(self, loss: float, norm: float) -> str:
         # from cause to effect: one bad parameter or KL makes the gradients of every other site bad as well
         parameters = [name for name, factor in self.guide.items() if not _finite(factor.parameters())]
-        divergences = [name for name, value in self.elbo.terms.items() if name != "label" and not math.isfinite(value)]
-        likelihood = not math.isfinite(self.elbo.terms.get("label", 0.0))
+        divergences = [
+            name for name, value in self.elbo.terms.items() if name not in OBSERVED and not math.isfinite(value)
+        ]
+        likelihood = not all(math.isfinite(self.elbo.terms.get(name, 0.0)) for name in OBSERVED)
         gradients = [
             name
             for name, factor in self.guide.items()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from pyrolora.models.answer_position import PROBE_TOKENS, AnswerPosition, recomputes
 from pyrolora.models.blocks import Catch, Passing, Resume, find_blocks
 from pyrolora.models.cache import made_once
 from pyrolora.models.naming import nearest
@@ -22,6 +23,9 @@ from pyrolora.models.tasks import EncodedSplit, Format, Split, encode
 Delta = Callable[[Tensor], Tensor]
 # from a projection's input and its changed output to what the projection returns
 OutputGate = Callable[[Tensor, Tensor], Tensor]
+
+# the entry of a batch that stands for what `Backbone.prompt_embedding` makes
+PROMPT = "prompt"
 
 PACKAGED = {
     # short name: (asset package, file in it, pip requirement)
@@ -63,7 +67,9 @@ class Backbone:
         self._takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
         self._deltas: Mapping[str, Delta] = {}
         self._gates: Mapping[str, OutputGate] = {}
-        self._hooked: set[str] = set()
+        self._by_position = True
+        # path of a projection -> id of the hook that adds a change to its output
+        self._hooked: dict[str, int] = {}
         self._fingerprint: str | None = None
 
     @property
@@ -87,6 +93,19 @@ class Backbone:
         return self.label_weight().shape[-1]
 
     @property
+    def embedding_size(self) -> int:
+        """Width of the input embeddings."""
+        return self.network.get_input_embeddings().weight.shape[-1]
+
+    @torch.no_grad()
+    def prompt_embedding(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Mean input embedding of each row's prompt, without options that follow it, ``(rows, embedding_size)``."""
+        read = batch["segment_ids"] == 1 if "segment_ids" in batch else batch["attention_mask"].bool()
+        mask = read.to(self.device)[..., None]
+        embedded = self.network.get_input_embeddings()(batch["input_ids"].to(self.device)).to(self.site_dtype)
+        return (embedded * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+    @property
     def fingerprint(self) -> str:
         """A short hash of the configuration and of sampled weights, the same for float32 and bfloat16 copies."""
         if self._fingerprint is None:
@@ -99,7 +118,13 @@ class Backbone:
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
 
-    def bind(self, deltas: Mapping[str, Delta], gates: Mapping[str, OutputGate] | None = None) -> None:
+    def bind(
+        self,
+        deltas: Mapping[str, Delta],
+        gates: Mapping[str, OutputGate] | None = None,
+        *,
+        by_position: bool = False,
+    ) -> None:
         """Add ``deltas[path](input)`` to the output of the projection at each path until `release` or the next bind.
 
         Args:
@@ -107,16 +132,19 @@ class Backbone:
                 ``(rows, tokens, out)``.
             gates: module path -> function of the same input and of the changed output, bias and all, that returns what the
                 projection then gives, ``(rows, tokens, out)``.
+            by_position: whether each function maps every position by itself, so that it may be asked for some of them only.
         """
         gates = {} if gates is None else gates
-        for path in (deltas.keys() | gates.keys()) - self._hooked:
-            self.network.get_submodule(path).register_forward_hook(self._changing(path))
-            self._hooked.add(path)
-        self._deltas, self._gates = deltas, gates
+        for path in (deltas.keys() | gates.keys()) - self._hooked.keys():
+            # first of all, so that hooks which restrict positions see the sum
+            hook = self.network.get_submodule(path).register_forward_hook(self._changing(path), prepend=True)
+            self._hooked[path] = hook.id
+        self._deltas, self._gates, self._by_position = deltas, gates, by_position
 
     def release(self) -> None:
         """Forget the bound draw, and with it the graph of the last step."""
-        self._deltas, self._gates = {}, {}
+        self._deltas, self._gates, self._by_position = {}, {}, True
+        self._restrict(None)
 
     def _changing(self, path: str) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
@@ -152,11 +180,36 @@ class Backbone:
         Shape:
             ``(rows, tokens, hidden)``
         """
-        inputs = self._inputs(batch)
+        self._restrict(None)
+        return self._run(self._inputs(batch), trunk, first_block)
+
+    def _run(self, inputs: Mapping[str, Any], trunk: Tensor | None, first_block: int) -> Tensor:
         if trunk is None:
             return self.body(**inputs).last_hidden_state
         with self._swapped(range(first_block), Resume(trunk)):
             return self.body(**inputs).last_hidden_state
+
+    @cached_property
+    def _answer_position(self) -> AnswerPosition:
+        """The part of the last block that runs at the answer position alone, found on first use."""
+        generator = torch.Generator().manual_seed(0)
+        sample = torch.randn(1, PROBE_TOKENS, self.hidden_size, generator=generator).to(self.device, self.dtype)
+        tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=self.device)
+        inputs = self._inputs({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
+        bound, self._deltas = self._deltas, {}
+        try:
+            return AnswerPosition(
+                self.network, self.blocks, lambda rows: self._run(inputs, rows, len(self.blocks) - 1), sample
+            )
+        finally:
+            self._deltas = bound
+
+    def _restrict(self, positions: Tensor | None) -> None:
+        """Run the last block at one position a row where that changes nothing, or at all of them again."""
+        if positions is not None and self._by_position:
+            self._answer_position.restrict(positions, self._hooked.values())
+        elif "_answer_position" in vars(self):
+            self._answer_position.positions = None
 
     @cached_property
     def _blocks_return_tuples(self) -> bool:
@@ -184,6 +237,9 @@ class Backbone:
     def features(self, batch: Mapping[str, Tensor], *, trunk: Tensor | None = None, first_block: int = 0) -> Tensor:
         """Hidden state at the answer position: the last token that is not padding, left- or right-padded.
 
+        The last block computes its keys and values at all positions and the rest at this one, where the network's structure
+        and the bound draw allow it (`AnswerPosition`); under gradient checkpointing that holds until `release`.
+
         Args:
             batch: see `hidden_states`.
             trunk: see `hidden_states`.
@@ -192,10 +248,15 @@ class Backbone:
         Shape:
             ``(rows, hidden)``
         """
-        hidden = self.hidden_states(batch, trunk=trunk, first_block=first_block)
-        mask = batch["attention_mask"]
-        positions = torch.arange(mask.shape[1], device=mask.device)
-        last = (mask * positions).argmax(dim=1).to(hidden.device)
+        mask = batch["attention_mask"].to(self.device)
+        last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
+        self._restrict(last)
+        try:
+            hidden = self._run(self._inputs(batch), trunk, first_block)
+        finally:
+            # backward runs checkpointed blocks again, under whatever is bound then
+            if not recomputes((self.body, *self.blocks)):
+                self._restrict(None)
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
 
     @torch.no_grad()
@@ -218,12 +279,12 @@ class Backbone:
 
     @contextmanager
     def _unbound(self) -> Iterator[None]:
-        bound = self._deltas, self._gates
+        bound = self._deltas, self._gates, self._by_position
         self.release()
         try:
             yield
         finally:
-            self._deltas, self._gates = bound
+            self._deltas, self._gates, self._by_position = bound
 
     def label_weight(self, label_ids: Tensor | None = None) -> Tensor:
         """Rows of the output embedding: all of them, or those of the label tokens.

@@ -1,6 +1,6 @@
 """Priors over sites: a distribution, a mapping of patterns, or a callable, made into one answer per site."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -34,6 +34,8 @@ class Learned:
         scale: where the scale starts: standard deviation of one weight, or of a logit.
         strength: weight of its hyper-prior, as a fraction of the number of weights.
         after: fraction of the training steps before the first update.
+        per: names of the site's dimensions along which it has scales of its own; without any, one for the site.
+        every: training steps between two updates.
         in_logits: whether ``scale`` is that of a logit at features of average length.
         fixed: whether it is only converted, never updated.
     """
@@ -41,6 +43,8 @@ class Learned:
     scale: float
     strength: float = 1.0
     after: float = 0.5
+    per: tuple[str, ...] = ()
+    every: int = 1
     in_logits: bool = False
     fixed: bool = False
 
@@ -51,6 +55,23 @@ class Learned:
             raise ValueError(f"The strength of a learned prior must not be negative; got {self.strength}. Try 1.0.")
         if not 0 <= self.after < 1:
             raise ValueError(f"`after` is a fraction of the steps in [0, 1); got {self.after}. Try 0.5.")
+        if self.every < 1:
+            raise ValueError(f"`every` counts steps between updates, at least 1; got {self.every}. Try 1.")
+
+    def scales_of(self, site: Site) -> torch.Size:
+        """Shape of a site's scales: its own along `per`, 1 elsewhere; a scalar for one scale.
+
+        Raises:
+            ValueError: the site has no dimension of that name; the nearest is offered.
+        """
+        for name in self.per:
+            if name not in site.dims:
+                raise ValueError(
+                    f"The prior of {site.name!r} has a scale for each {name!r}, which is none of its dimensions "
+                    f"({', '.join(site.dims)}). Did you mean {nearest(name, site.dims)!r}?"
+                )
+        sizes = zip(site.dims, site.shape, strict=True)
+        return torch.Size(size if name in self.per else 1 for name, size in sizes) if self.per else torch.Size()
 
 
 @dataclass(frozen=True)
@@ -78,26 +99,43 @@ class Relative:
             raise ValueError(f"The ratio of a relative prior must be positive; got {self.ratio}. Try 0.1.")
 
 
-def learned(scale: float, *, strength: float = 1.0, after: float = 0.5) -> Learned:
-    """Declare a zero-mean Normal prior whose scale is learned in closed form per site: ``prior=learned(0.05)``.
+def learned(
+    scale: float,
+    *,
+    strength: float = 1.0,
+    after: float = 0.5,
+    per: str | Sequence[str] = (),
+    every: int = 1,
+) -> Learned:
+    """Declare a zero-mean Normal prior whose scales are learned in closed form: ``learned(0.05, per=("layer", "rank"))``.
 
-    The update maximises the ELBO in s under a scaled inverse chi-squared hyper-prior on s^2 whose weight is ``strength``
-    times the n weights of the site and whose mode-like centre is ``scale^2``::
+    Every group of n weights that shares a scale s (the site, or what ``per`` tells apart) has the update that maximises the
+    ELBO in s under a scaled inverse chi-squared hyper-prior on s^2 whose weight is ``strength * n`` and whose mode-like
+    centre is ``scale^2``::
 
         s^2 = (strength * n * scale^2 + sum_i E_q[w_i^2]) / (strength * n + n)
 
+    With a scale for each layer and rank it is automatic relevance determination: a rank-one part of a LoRA that the data do
+    not use loses its prior width and its posterior width with it, and `rank_reports` shows both.
+
     With ``strength=0`` it is plain empirical Bayes, which collapses to zero where the data say little about most weights:
     measured on 300 headlines, the means went to zero. That is why the hyper-prior is on and the update starts late.
+
+    Source: MacKay, "Bayesian non-linear modelling for the prediction competition", 1994; Tipping, "Sparse Bayesian learning
+    and the relevance vector machine", 2001, for the fixed point.
 
     Args:
         scale: where s starts, and the centre of its hyper-prior (standard deviation of one weight).
         strength: weight of the hyper-prior, as a fraction of the number of weights.
         after: fraction of the training steps before the first update.
+        per: names of the site's dimensions that have scales of their own, such as ``("layer", "rank")``; see
+            `BayesianModel.print_sites`.
+        every: training steps between two updates.
 
     Raises:
-        ValueError: a scale that is not positive, a negative strength, or ``after`` outside [0, 1).
+        ValueError: a scale that is not positive, a negative strength, ``after`` outside [0, 1), or ``every`` below 1.
     """
-    return Learned(scale, strength, after)
+    return Learned(scale, strength, after, (per,) if isinstance(per, str) else tuple(per), every)
 
 
 def logit_scale(scale: float = 2.0, *, learned: bool = False, strength: float = 1.0, after: float = 0.5) -> Learned:
@@ -171,7 +209,8 @@ class Prior:
             elif isinstance(declaration, Learned):
                 width = sites[name].shape[-1] ** 0.5 if declaration.in_logits else 1.0
                 self._centres[name] = declaration.scale / width
-                self.scales[name] = torch.tensor(self._centres[name], device=self.device, dtype=dtype)
+                shape = declaration.scales_of(sites[name])
+                self.scales[name] = torch.full(shape, self._centres[name], device=self.device, dtype=dtype)
             elif isinstance(declaration, TorchDistributionMixin):
                 self._fixed[name] = fit_to_site(move(declaration, self.device, dtype), sites[name])
             elif isinstance(declaration, Flat):
@@ -248,22 +287,40 @@ class Prior:
                 self.scales[name].fill_(self._centres[name])
 
     def set_scales(self, scales: Mapping[str, float]) -> None:
-        """Move learned scales to given values, as an engine does that finds them by the evidence."""
+        """Move learned scales to given values, one a site, as an engine does that finds them by the evidence."""
         for name, scale in scales.items():
             self.scales[name].fill_(scale)
 
-    def update_scales(self, second_moments: Mapping[str, Tensor], progress: float) -> None:
+    def due_scales(self, progress: float, step: int = 0) -> tuple[str, ...]:
+        """Names of the sites whose scales are to be updated after a step.
+
+        Args:
+            progress: fraction of the training steps done.
+            step: number of the step, from 1.
+        """
+        found = {name: self.declared[name] for name in self.learned_sites}
+        return tuple(
+            name
+            for name, entry in found.items()
+            if isinstance(entry, Learned) and progress >= entry.after and step % entry.every == 0
+        )
+
+    def update_scales(self, second_moments: Mapping[str, Tensor], progress: float, step: int = 0) -> None:
         """Closed-form empirical-Bayes step for the learned scales of some sites.
 
         Args:
-            second_moments: site name -> mean over the site's weights of E_q[w^2]; scales of other sites stay as they are.
-            progress: fraction of the training steps done; sites whose ``after`` lies beyond it stay as they are.
+            second_moments: site name -> E_q[w^2] of each of its weights, or their mean where the site has one scale; scales
+                of other sites stay as they are.
+            progress: fraction of the training steps done; see `due_scales`.
+            step: number of the step, from 1; see `due_scales`.
         """
-        for name in self.learned_sites:
+        for name in self.due_scales(progress, step):
             declaration, scale = self.declared[name], self.scales[name]
-            if isinstance(declaration, Learned) and progress >= declaration.after and name in second_moments:
-                centre = self._centres[name]
-                pooled = declaration.strength * centre**2 + second_moments[name]
+            if isinstance(declaration, Learned) and name in second_moments:
+                centre, moments = self._centres[name], second_moments[name]
+                # a sum to the scale's own shape, divided by how many weights each entry stands for
+                mean = moments.sum_to_size(scale.shape) * (scale.numel() / moments.numel())
+                pooled = declaration.strength * centre**2 + mean
                 # all means may collapse when nothing holds the scale up; a Normal of no width would then be NaN
                 scale.copy_((pooled / (declaration.strength + 1)).sqrt().clamp_min(1e-4 * centre))
 
@@ -287,7 +344,15 @@ def _flat(site: Site) -> TorchDistribution:
     # on a compact manifold what is constant is proper
     if site.prior is not None:
         return site.prior
-    return dist.ImproperUniform(dist.constraints.real, torch.Size(), site.shape)
+    return Improper(dist.constraints.real, torch.Size(), site.shape)
+
+
+class Improper(dist.ImproperUniform):
+    """What `Flat` is for one site: Pyro's, with its zeros where the value is, so that they add up on an accelerator."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Zero in logarithm."""
+        return super().log_prob(value).to(value)
 
 
 def fit_to_site(declared: TorchDistribution, site: Site) -> TorchDistribution:
@@ -308,7 +373,7 @@ def fit_to_site(declared: TorchDistribution, site: Site) -> TorchDistribution:
             f"{tuple(site.shape)} ({', '.join(site.dims)}). A scalar distribution such as Normal(0., 0.2) always does."
         )
     support = declared.support
-    if site.prior is not None:
+    if site.prior is not None and site.support is not dist.constraints.real:
         if support == site.prior.support and not declared.batch_shape:
             return declared
         raise ValueError(
@@ -357,7 +422,7 @@ def _parameters(declared: TorchDistribution) -> dict[str, Tensor]:
 
 
 def _describe(declaration: Declaration) -> dict[str, Any]:
-    if isinstance(declaration, Flat):
+    if isinstance(declaration, Flat | Improper):
         return {"prior": "Flat"}
     if isinstance(declaration, UniformStiefel):
         return {"prior": "UniformStiefel", "shape": list(declaration.event_shape)}
@@ -369,7 +434,14 @@ def _describe(declaration: Declaration) -> dict[str, Any]:
         settings: dict[str, Any] = {key: getattr(declaration, key) for key in ("scale", "strength", "after")}
         if declaration.in_logits:
             return {"prior": "logit_scale", **settings, "learned": not declaration.fixed}
-        return {"prior": "learned", **settings}
+        # said only where it differs, so that what was written before there was a choice reads the same
+        more = {"per": list(declaration.per)} if declaration.per else {}
+        return {
+            "prior": "learned",
+            **settings,
+            **more,
+            **({"every": declaration.every} if declaration.every > 1 else {}),
+        }
     if isinstance(declaration, dist.Independent):
         return {**_describe(declaration.base_dist), "to_event": declaration.reinterpreted_batch_ndims}
     if isinstance(declaration, TorchDistributionMixin):
@@ -391,7 +463,8 @@ def _rebuild(site: str, entry: Mapping[str, Any]) -> Declaration:
     if kind == "Relative":
         return Relative(entry["ratio"])
     if kind == "learned":
-        return Learned(entry["scale"], entry["strength"], entry["after"])
+        more = {key: entry[key] for key in ("per", "every") if key in entry}
+        return learned(entry["scale"], strength=entry["strength"], after=entry["after"], **more)
     if kind == "logit_scale":
         return logit_scale(**{key: value for key, value in entry.items() if key != "prior"})
     if kind == "callable":

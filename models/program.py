@@ -13,17 +13,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyrolora.models.adapters.base import Adapter
-from pyrolora.models.adapters.last_layer import LastLayer
-from pyrolora.models.adapters.lora import LoRA
-from pyrolora.models.backbones import Backbone, Delta, OutputGate
+from pyrolora.models.adapters.chosen import adapters_for
+from pyrolora.models.backbones import PROMPT, Backbone, Delta, OutputGate
 from pyrolora.models.calibration import Calibration
 from pyrolora.models.constants import shared_constants
-from pyrolora.models.heads import LabelHead, OptionHead
-from pyrolora.models.likelihoods import observe_labels
+from pyrolora.models.heads import LabelHead, make_head
+from pyrolora.models.likelihoods import mixed_logits, observe_labels
 from pyrolora.models.priors import Prior, PriorSpecification
 from pyrolora.models.prototype_head import PrototypeHead
+from pyrolora.models.site_text import site_text
 from pyrolora.models.sites import Site, SiteTable
-from pyrolora.models.tasks import EncodedSplit, EpisodeClasses, Split, Task, row_count
+from pyrolora.models.tasks import EncodedSplit, Split, Task, row_count
 
 # features whose mean square length calibrates a prior in logit units, and how many of them at once
 CALIBRATION_ROWS, CALIBRATION_BATCH = 256, 32
@@ -77,20 +77,18 @@ class BayesianModel:
     ) -> None:
         self.backbone = backbone
         self.task = task
-        self.adapters = _as_adapters(adapter)
+        self.adapters = adapters_for(task, adapter)
         self.max_length = max_length
         self._mean_square: float | None = None
         self.num_data = len(task.train) if num_data is None else num_data
         if task.format.kind not in backbone.formats:
             raise ValueError(
-                f"The task {task.name!r} shows {'images' if task.format.kind == 'image' else 'text'}, which "
+                f"The task {task.name!r} shows {'images' if 'image' in task.format.fields else 'text'}, which "
                 f"{backbone.name!r} does not read. Use a vision transformer for images, and a language model for text."
             )
-        if task.format.kind == "image" and not any(isinstance(one, LastLayer) for one in self.adapters):
-            # classes of images have no words: without a head all logits would stay zero
-            self.adapters = (*self.adapters, LastLayer())
         label_ids = None if task.format.kind == "option" else task.format.label_ids(backbone.tokenizer)
-        self.head = self._make_head(label_ids)
+        keep_rows = all(adapter.keeps_label_rows for adapter in self.adapters)
+        self.head = make_head(backbone, task.format, label_ids, keep_rows)
         self.label_ids: tuple[int, ...] = () if label_ids is None else tuple(label_ids)
         self.classes = None if label_ids is None else len(label_ids)
         self.context_keys = tuple(dict.fromkeys(key for adapter in self.adapters for key in adapter.context_keys))
@@ -106,23 +104,9 @@ class BayesianModel:
         )
         self.sites = self._discover()
         blocks = [layer for site in self.adapter_sites.values() for layer in site.layers]
-        self.first_block = min(blocks) if blocks else len(backbone.blocks) - 1
-        if isinstance(self.head, PrototypeHead):
-            # labelled images pass through the adapted blocks as well, and no trunk of the queries is theirs
-            self.first_block = 0
-
-    def _make_head(self, label_ids: Sequence[int] | None) -> LabelHead | OptionHead | PrototypeHead:
-        if isinstance(self.task.format, EpisodeClasses):
-            if any(isinstance(one, LastLayer) for one in self.adapters):
-                raise ValueError(
-                    f"The classes of {self.task.name!r} are other ones in every episode, and LastLayer() has a row for each "
-                    "class. Leave it out: queries are compared with prototypes."
-                )
-            return PrototypeHead(self.backbone, self.task.format)
-        if label_ids is None:
-            return OptionHead(self.backbone)
-        keep_rows = all(adapter.keeps_label_rows for adapter in self.adapters)
-        return LabelHead(self.backbone, torch.as_tensor(label_ids), keep_rows)
+        # an episode's labelled images pass through the adapted blocks as well, and no trunk of the queries is theirs
+        episodic = isinstance(self.head, PrototypeHead)
+        self.first_block = 0 if episodic else min(blocks, default=len(backbone.blocks) - 1)
 
     def _sites_of(self, adapter: Adapter) -> tuple[Site, ...]:
         sites = adapter.sites(self.backbone, self.classes)
@@ -140,7 +124,11 @@ class BayesianModel:
 
         pairs = zip(self.adapters, self._adapter_sites, strict=True)
         return shared_constants(
-            self.backbone, pairs, Calibration(batches, loss, self.label_ids), self.task, self.max_length
+            self.backbone,
+            pairs,
+            Calibration(batches, loss, self.label_ids, self.task.tables),
+            self.task,
+            self.max_length,
         )
 
     def _placed(self, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -249,18 +237,19 @@ class BayesianModel:
         Shape:
             ``(rows,)``
         """
-        logits = self.row_logits(batch, self.sample_sites())
+        logits = self.row_logits(batch, self.sample_sites(), local=True)
         labels = batch.get("labels")
         labels = None if labels is None else labels.to(logits.device)
         index = batch.get("index")
         rows = self.num_data if num_data is None else num_data
         return observe_labels(logits, labels, None if index is None else index.to(logits.device), rows)
 
-    def diagnostics(self, draw: Mapping[str, Tensor]) -> dict[str, float]:
+    def diagnostics(self, draw: Mapping[str, Tensor], batch: Mapping[str, Tensor] | None = None) -> dict[str, float]:
         """What the adapters record of a draw at every training step; empty for most."""
         figures: dict[str, float] = {}
+        values = {**self._context(batch), **draw} if self.context_keys else draw
         for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
-            figures.update(adapter.diagnostics(sites, draw))
+            figures.update(adapter.diagnostics(sites, values))
         return figures
 
     def deltas(self, draw: Mapping[str, Tensor], batch: Mapping[str, Tensor] | None = None) -> dict[str, Delta]:
@@ -270,7 +259,9 @@ class BayesianModel:
             draw: site name -> value.
             batch: what gates read, such as the batch of the forward that follows; None where no adapter has one.
         """
-        values = {**self.constants, **self._context(batch), **draw}
+        return self._deltas({**self.constants, **self._context(batch), **draw})
+
+    def _deltas(self, values: Mapping[str, Tensor]) -> dict[str, Delta]:
         deltas: dict[str, Delta] = {}
         for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
             for path, delta in adapter.deltas(sites, values).items():
@@ -288,7 +279,9 @@ class BayesianModel:
         Raises:
             ValueError: two adapters gate one projection.
         """
-        values = {**self.constants, **self._context(batch), **draw}
+        return self._gates({**self.constants, **self._context(batch), **draw})
+
+    def _gates(self, values: Mapping[str, Tensor]) -> dict[str, OutputGate]:
         gates: dict[str, OutputGate] = {}
         for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
             for path, gate in adapter.gates(sites, values).items():
@@ -299,34 +292,65 @@ class BayesianModel:
                 gates[path] = gate
         return gates
 
+    def _bind(self, values: Mapping[str, Tensor]) -> None:
+        by_position = all(adapter.by_position for adapter in self.adapters)
+        self.backbone.bind(self._deltas(values), self._gates(values), by_position=by_position)
+
     def _context(self, batch: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        if batch is None or not self.context_keys:
+            return {}
         device, dtype = self.backbone.device, self.backbone.site_dtype
-        found = {key: batch[key] for key in self.context_keys if key in batch} if batch is not None else {}
+        found = {key: batch[key] for key in self.context_keys if key in batch}
+        if PROMPT in self.context_keys and PROMPT not in found and "input_ids" in batch:
+            found[PROMPT] = self.backbone.prompt_embedding(batch)
         return {
             key: value.to(device, dtype if value.is_floating_point() else value.dtype) for key, value in found.items()
         }
 
-    def bind(self, draw: Mapping[str, Tensor], batch: Mapping[str, Tensor] | None = None) -> None:
-        """Put a draw into the network until the next one or `release`; see `deltas`."""
-        self.backbone.bind(self.deltas(draw, batch), self.gates(draw, batch))
-
-    def row_logits(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Tensor:
+    def row_logits(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor], *, local: bool = False) -> Tensor:
         """Class logits of each row; a draw with a leading dimension of ``groups`` serves ``groups`` equal runs of rows.
+
+        Args:
+            batch: a batch of `encode`'s split.
+            draw: site name -> value.
+            local: draw what adapters draw for single rows (`Adapter.local_draw`); without it they use their own mean.
 
         Shape:
             ``(rows, classes)``
         """
-        self.bind(draw, batch)
-        return self.bound_logits(batch, draw)
+        values = {**self.constants, **self._context(batch), **draw}
+        if local:
+            values.update(entry for adapter in self.adapters for entry in adapter.local_draw(values).items())
+        self._bind(values)
+        mixing = self._enumerated(values)
+        if mixing is not None:
+            each = mixing.shape[-1]
+            batch = {k: value.repeat_interleave(each, dim=0) if value.dim() else value for k, value in batch.items()}
+        logits = self.bound_logits(batch, draw)
+        return logits if mixing is None else mixed_logits(logits, mixing)
 
     def bound_logits(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Tensor:
-        """`row_logits` of a draw whose changes are bound already.
+        """Class logits of each row under whatever is bound, with the label rows of a draw.
 
         Shape:
             ``(rows, classes)``
         """
         trunk = batch.get("trunk")
         return self.head(batch, self._label_changes(draw), trunk, self.first_block if trunk is not None else 0)
+
+    @property
+    def draws_locally(self) -> bool:
+        """Whether an adapter draws something for every row anew, beside the sites."""
+        return any(adapter.draws_locally for adapter in self.adapters)
+
+    def _enumerated(self, values: Mapping[str, Tensor]) -> Tensor | None:
+        found = [mixing for adapter in self.adapters if (mixing := adapter.enumerated(values)) is not None]
+        if len(found) > 1:
+            raise ValueError(
+                f"{len(found)} adapters have a latent to sum out, which would take a forward for every pair of their values. "
+                "Keep one gate='categorical' and make the others deterministic."
+            )
+        return found[0] if found else None
 
     def features(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Tensor:
         """What the label rows are multiplied with, under a draw of the sites inside the network.
@@ -338,7 +362,7 @@ class BayesianModel:
         Shape:
             ``(rows, hidden)``, in the sites' float type
         """
-        self.bind(draw, batch)
+        self.bind(batch, draw)
         trunk = batch.get("trunk")
         first_block = self.first_block if trunk is not None else 0
         return self.backbone.features(batch, trunk=trunk, first_block=first_block).to(self.backbone.site_dtype)
@@ -371,12 +395,13 @@ class BayesianModel:
         changes = [adapter.label_change(values) for adapter in self.adapters]
         return [change for change in changes if change is not None]
 
-    def logits(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Tensor:
+    def logits(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor], *, local: bool = False) -> Tensor:
         """Class logits of every row under every draw, all draws on the batch axis, the trunk run once.
 
         Args:
             batch: a batch of `encode`'s split.
             draw: site name -> ``(draws, *site.shape)``, or the site's shape for a single draw.
+            local: see `row_logits`.
 
         Shape:
             ``(draws, rows, classes)``
@@ -388,7 +413,7 @@ class BayesianModel:
         if "trunk" not in batch and self.first_block > 0:
             batch = {**batch, "trunk": self.backbone.trunk(batch, self.first_block)}
         rows = row_count(batch)
-        return self.row_logits(self.repeated(batch, draws), draw).unflatten(0, (draws, rows))
+        return self.row_logits(self.repeated(batch, draws), draw, local=local).unflatten(0, (draws, rows))
 
     def repeated(self, batch: Mapping[str, Tensor], draws: int) -> dict[str, Tensor]:
         """A batch with its rows once for each draw, all that the network and the adapters' gates read of it.
@@ -407,6 +432,20 @@ class BayesianModel:
         if len(counts) > 1:
             raise ValueError(f"Sites hold different numbers of draws: {sorted(counts)}. Draw them together.")
         return counts.pop() if counts else 1
+
+    def bind(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> None:
+        """Put a draw into the backbone for forwards of this batch, such as generation, until `release`.
+
+        Raises:
+            ValueError: an adapter sums a latent out, so that no one network stands for a row.
+        """
+        values = {**self.constants, **self._context(batch), **draw}
+        if self._enumerated(values) is not None:
+            raise ValueError(
+                "Each row has a network for every expert of gate='categorical', which are mixed by class probabilities: it "
+                "has no features and writes no answer. Use another gate for that."
+            )
+        self._bind(values)
 
     def release(self) -> None:
         """Forget the bound draw and the graph it holds."""
@@ -450,17 +489,7 @@ class BayesianModel:
 
     def site_table(self) -> str:
         """The sites as text: name, shape, dims, prior, number of weights."""
-        rows = [("site", "shape", "dims", "prior", "weights")]
-        described = self.prior.to_dict()
-        for name, site in self.sites.items():
-            prior = _one_line(described[name]) if name in described else "sampled by a prior"
-            rows.append((name, str(tuple(site.shape)), ", ".join(site.dims), prior, f"{site.numel:,}"))
-        total = sum(site.numel for site in self.sites.values())
-        rows.append(("total", "", "", "", f"{total:,}"))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
+        return site_text(self.sites, self.prior.to_dict())
 
     def print_sites(self) -> None:
         """Print `site_table`, the twin of PEFT's ``print_trainable_parameters``."""
@@ -469,27 +498,3 @@ class BayesianModel:
 
 def _sum_of(first: Delta, second: Delta) -> Delta:
     return lambda rows: first(rows) + second(rows)
-
-
-def _as_adapters(adapter: Adapter | Sequence[Adapter] | None) -> tuple[Adapter, ...]:
-    if adapter is None:
-        return (LoRA(),)
-    adapters = tuple(adapter) if isinstance(adapter, list | tuple) else (adapter,)
-    for one in adapters:
-        if not isinstance(one, Adapter):
-            given = f"the class {one.__name__}" if isinstance(one, type) else f"a {type(one).__name__}"
-            raise TypeError(f"An adapter is {given}; expected an instance such as LoRA(rank=8), or a list of them.")
-    if not adapters:
-        raise ValueError("The list of adapters is empty. Give one such as LoRA(rank=8), or leave it out for LoRA().")
-    return adapters
-
-
-def _one_line(entry: Mapping[str, Any]) -> str:
-    settings = entry.get("parameters") or {key: value for key, value in entry.items() if key not in ("prior", "name")}
-    if entry["prior"] == "callable":
-        return f"{entry['name']}(site)"
-    return f"{entry['prior']}({', '.join(f'{key}={_short(value)}' for key, value in settings.items())})"
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "[...]" if isinstance(value, list) else str(value)

@@ -126,6 +126,7 @@ class Served:
                 f"{', '.join(backbone.name for backbone in backbones.values())}."
             )
         (self.backbone,) = backbones.values()
+        self.by_position = all(adapter.by_position for model in models.values() for adapter in model.adapters)
         for name, model in models.items():
             _refuse_gates(model, draws[name])
         self.deltas = {name: model.deltas(draws[name]) for name, model in models.items()}
@@ -142,7 +143,7 @@ class Served:
             if name is not None and name not in self.deltas:
                 raise ValueError(f"No adapter {name!r}. Did you mean {nearest(name, self.deltas)!r}?")
         paths = dict.fromkeys(path for name in runs if name is not None for path in self.deltas[name])
-        self.backbone.bind({path: self._routed(path, runs) for path in paths})
+        self.backbone.bind({path: self._routed(path, runs) for path in paths}, by_position=self.by_position)
         try:
             yield self.backbone
         finally:

@@ -2,6 +2,10 @@
 
 import os
 
+# workers that each take all cores wait for one another; kernels of notebooks inherit this
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 # huggingface_hub and datasets read these once, when they are first imported
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -33,6 +37,11 @@ WORDS = """
 
 class NetworkReachedError(RuntimeError):
     """A test tried to leave this machine."""
+
+
+def pytest_addoption(parser):
+    """``pytest --device cuda`` puts the tiny networks, and with them all that is sampled, on an accelerator."""
+    parser.addoption("--device", default="cpu", help="where the tiny networks run")
 
 
 def pytest_collection_modifyitems(items):
@@ -90,7 +99,7 @@ def seeds():
 
 
 @pytest.fixture
-def tiny_llama():
+def tiny_llama(request):
     """Return ``build(dtype=torch.float32, seed=0, **config)``: a random three-layer Llama in eval mode."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -113,7 +122,7 @@ def tiny_llama():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = LlamaForCausalLM(LlamaConfig(**(settings | config)))
-        return network.to(dtype).eval()
+        return network.to(request.config.getoption("--device"), dtype).eval()
 
     return build
 

@@ -166,8 +166,9 @@ def posterior_khat(
     values = {name: value.expand(draws, *value.shape).clone() for name, value in mean.items()}
     for site in chosen:
         values[site.name] = _one_layer(site, factors, drawn[site.name], values[site.name], layer)
-    log_q = sum((factors[site.name].distribution().log_prob(values[site.name]) for site in chosen), torch.zeros(draws))
-    log_prior = sum((model.prior(site).log_prob(values[site.name]) for site in chosen), torch.zeros(draws))
+    zero = torch.zeros(draws, device=model.backbone.device)
+    log_q = sum((factors[site.name].distribution().log_prob(values[site.name]) for site in chosen), zero)
+    log_prior = sum((model.prior(site).log_prob(values[site.name]) for site in chosen), zero)
     log_p = log_prior.detach().double().cpu() + log_likelihood(model, train, values).sum(1)
     khat = pareto_smooth(log_p - log_q.detach().double().cpu())[1]
     return ParetoDiagnosis(khat, threshold(draws), dimensions, draws)

@@ -76,7 +76,7 @@ def _by_layer(values: Tensor, site: Site) -> Tensor:
 def _prior_variance(posterior: "Posterior", site: Site) -> Tensor:
     prior = posterior.model.prior
     if site.hyper or prior.to_dict()[site.name]["prior"] in ("Flat", "callable"):
-        return torch.full(site.shape, torch.nan)
+        return torch.full(site.shape, torch.nan, device=posterior.model.backbone.device)
     # a Cauchy has none, and its infinity would make every posterior look fully shrunk
     variance = prior(site).variance.expand(site.shape)
     return torch.where(variance.isfinite(), variance, torch.nan)

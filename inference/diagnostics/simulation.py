@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from pyrolora.inference.engine import Engine
 from pyrolora.inference.predictive import log_likelihood
 from pyrolora.models.program import BayesianModel
+from pyrolora.models.randomness import seeded
 from pyrolora.models.tasks import EncodedSplit, Split
 
 # simulated ranks behind a p-value and a band
@@ -180,8 +181,8 @@ def calibrate_engine(
         )
 
     def simulate(generator: torch.Generator) -> tuple[Tensor, EncodedSplit]:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        seed = int(torch.randint(2**62, (), generator=generator))
+        with seeded(seed, model.backbone.device), torch.no_grad():
             traced = poutine.trace(model.sample_sites).get_trace()
             nodes: Any = traced.nodes
             truth: dict[str, Tensor] = {name: nodes[name]["value"] for name in model.sites}

@@ -112,8 +112,8 @@ def prepare(config: ExperimentConfig, out: Path, backbone: Backbone | None = Non
     """Load what all cells need, refuse what does not fit, and claim the folder; nothing is written before all fits."""
     needed = config.needed()
     _check_claim(out, config)
-    foreign = {name: _at_most(task(name).test, config.ood_size) for name in config.ood}
     data = _task(config)
+    foreign = {name: _at_most(_foreign(name, config, data), config.ood_size) for name in config.ood}
     shifted = {name: _shifted(name, config, data) for name in config.shift}
     test = data.test if config.test_size is None else data.test.subset(config.test_size, seed=0)
     if config.miscoverage is not None and not len(data.validation):
@@ -176,18 +176,44 @@ def _task(config: ExperimentConfig, seed: int = 0) -> Task:
     return task(config.task, data_dir=config.data_dir, train_size=config.train_size, seed=seed)
 
 
+def _sibling(name: str, config: ExperimentConfig) -> Task:
+    """Another task: from the same folder if it lies there, else from its package or the hub."""
+    if config.data_dir is not None:
+        try:
+            return task(name, data_dir=config.data_dir)
+        except FileNotFoundError:
+            pass
+    return task(name)
+
+
+def _foreign(name: str, config: ExperimentConfig, data: Task) -> Split:
+    """Test items of a task whose labels are not used."""
+    other = _sibling(name, config).test
+    if name != config.task and {row.content for row in other} == {row.content for row in data.test}:
+        raise ValueError(
+            f"The test items of {name!r} are those of {config.task!r}: both are read from the files in {config.data_dir!r}. "
+            "Give the folder above it, with a folder for each task, as data_dir."
+        )
+    return other
+
+
 def _shifted(name: str, config: ExperimentConfig, data: Task) -> Split:
-    """Test items of a sibling task, which lies in the same folder if it lies in one."""
-    try:
-        other = task(name, data_dir=config.data_dir)
-    except FileNotFoundError:  # it may come from a package or the hub
-        other = task(name)
+    """Test items of a sibling task."""
+    other = _sibling(name, config)
     if other.labels != data.labels:
         raise ValueError(
             f"The task {name!r} has the classes {', '.join(other.labels)}, expected {', '.join(data.labels)} as in "
             f"{config.task!r}. Name it under ood, where labels are not used."
         )
     return _at_most(other.test, config.ood_size)
+
+
+def _other_task(name: str, config: ExperimentConfig) -> Task:
+    """A task to judge on, which lies in the experiment's own folder if it lies in one."""
+    try:
+        return task(name, data_dir=config.data_dir)
+    except FileNotFoundError:  # it may come from a package or the hub
+        return task(name)
 
 
 def _at_most(split: Split, size: int) -> Split:

@@ -11,7 +11,9 @@ from pyrolora.inference.map import MAP
 from pyrolora.inference.meta_tuning import MetaTuning
 from pyrolora.inference.nuts import NUTS
 from pyrolora.inference.perturbations import ATTACKS, PERTURBATIONS
+from pyrolora.inference.posterior import KINDS
 from pyrolora.inference.released import ReleasedBLoB
+from pyrolora.inference.retaining import QualityRetaining
 from pyrolora.inference.schedules import SCHEDULES
 from pyrolora.inference.svi import SVI
 from pyrolora.inference.vbll import VBLL
@@ -30,7 +32,12 @@ ENGINES = {
 }
 
 # settings that a file declares as text, and what makes them
-DECLARED = {"schedule": SCHEDULES, "attack": ATTACKS, "perturbation": PERTURBATIONS}
+DECLARED: dict[str, Mapping[str, Any]] = {
+    "schedule": SCHEDULES,
+    "retaining": {"QualityRetaining": QualityRetaining},
+    "attack": ATTACKS,
+    "perturbation": PERTURBATIONS,
+}
 
 # for posteriors with a width: the prior's scale is the noise that silent weights keep, and this much the network bears
 NARROW = "Normal(0, 0.05)"
@@ -64,6 +71,7 @@ class Method:
         adapters: declarations of adapters added to the experiment's own.
         adapter: declaration of an adapter in place of the experiment's own.
         estimate: another method whose posterior this one starts from (Laplace, VBLL, NUTS, TemperatureScaling).
+        kind: kind of prediction, such as ``"mc"`` or ``"linearised"``; the posterior's usual one by default.
     """
 
     engine: str
@@ -73,6 +81,14 @@ class Method:
     adapters: tuple[str, ...] = ()
     adapter: str | None = None
     estimate: str | None = None
+    kind: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind is not None and self.kind not in KINDS:
+            raise ValueError(
+                f"Unknown kind of prediction {self.kind!r}. Did you mean {nearest(str(self.kind), KINDS)!r}? "
+                f"Kinds: {', '.join(KINDS)}."
+            )
 
     @classmethod
     def of_engine(cls, engine: str) -> "Method":

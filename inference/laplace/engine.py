@@ -138,6 +138,11 @@ class Laplace:
                 f"online={self.online} moves learned prior scales, and that of {fixed[0]!r} is fixed. Declare "
                 "learned(0.1) there, or use precision='evidence', which leaves the estimate as it is."
             )
+        if self.online and (many := [name for name in names if model.prior.scales[name].dim()]):
+            raise ValueError(
+                f"online={self.online} finds one scale a site by the evidence, and {many[0]!r} has "
+                f"{model.prior.scales[many[0]].numel()}. Declare learned(0.1) without per= there, or fit with SVI."
+            )
         if self.online and estimate is not None:
             raise ValueError("online acts during the MAP fit, and an estimate was passed. Pass none, or set online=0.")
         self._check_sites(model, names)
@@ -154,6 +159,11 @@ class Laplace:
             priors = declared_prior(model, names)
         mean = estimate.mean()
         _check_estimate(model, mean)
+        if model.gates(mean, estimate.context):
+            raise ValueError(
+                f"The estimate is {estimate.progress:.0%} through its training, and its router has not faded: the curvature "
+                "would be that of another network. Train it to the end first."
+            )
         gradients = LogitGradients(model, mean, tuple(structures))
         log_likelihood = sum_curvature(
             gradients, structures, encoded, batch_size=self.batch_size, checkpoint=self.checkpoint, progress=progress
@@ -216,11 +226,11 @@ class Laplace:
 
     def _names(self, model: BayesianModel) -> tuple[str, ...]:
         pattern = self.sites or ("head.weight" if self.structure == "last_layer" else "*")
-        # a site on a manifold is a point unless it is asked for by name
+        # a site on a manifold, or one that the likelihood no longer has, is a point unless it is asked for by name
         names = tuple(
             site.name
             for site in model.adapter_sites.values()
-            if site.matches(pattern) and (site.prior is None or self.sites is not None)
+            if site.matches(pattern) and ((site.prior is None and not site.transient) or self.sites is not None)
         )
         if not names:
             remedy = (

@@ -52,6 +52,8 @@ class AttackTarget:
         self.log_shares = None if shares is None else shares[..., None].log()
         self.batch = model.repeated(batch, draws)
         with torch.no_grad():
+            # refuses rows that no one network stands for
+            model.bind(self.batch, self.draw)
             deltas = model.deltas(self.draw, self.batch)
             self.deltas = deltas if finish is None else finish(deltas)
             self.gates = model.gates(self.draw, self.batch)

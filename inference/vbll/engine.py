@@ -82,6 +82,10 @@ class VBLL(SVI):
         # the checks of SVI are about a guide for all sites
         dataclasses.replace(SVI(), **{entry.name: getattr(self, entry.name) for entry in dataclasses.fields(SVI)
                                       if entry.name != "guide"})  # fmt: skip
+        if self.retaining is not None:
+            raise ValueError(
+                "VBLL integrates the head out, so no logits are there to retain; leave retaining out, or use MAP or SVI."
+            )
         if self.guide is not None:
             by_pattern(self.guide)
         Objective(self.objective)
@@ -92,6 +96,10 @@ class VBLL(SVI):
                     f"Unknown {name} {value!r} for VBLL. Did you mean {nearest(str(value), valid)!r}? "
                     f"Choices: {', '.join(valid)}."
                 )
+        if self.width != "gradient":
+            raise ValueError(
+                f"VBLL integrates the last layer out, so no draws tell its curvature; got width={self.width!r}. Leave it out."
+            )
         if not self.head_learning_rate > 0:
             raise ValueError(f"head_learning_rate must be positive; got {self.head_learning_rate}. Try 0.02.")
         for name in ("head_steps", "objective_draws"):

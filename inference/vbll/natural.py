@@ -1,8 +1,7 @@
 """The optimum of a factorised Gaussian posterior of a last layer, by damped natural-gradient steps."""
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,12 +9,15 @@ from torch import Tensor
 
 from pyrolora.guides.vbll import LogitMoments
 from pyrolora.inference.last_layer import HeadData
+from pyrolora.models.randomness import seeded
 
 logger = logging.getLogger(__name__)
 
 # expected log-likelihood of labels under Gaussian logits, such as `Objective`
 Likelihood = Callable[[LogitMoments, Tensor], Tensor]
 Complete = Callable[[LogitMoments, Tensor], LogitMoments]
+# one seed for every evaluation, so that a sampled objective is a smooth function
+COMMON = 0
 # halvings of a step that does not lower the loss
 MOST_HALVINGS = 30
 
@@ -174,7 +176,7 @@ def _polish(
         roots = rows.roots(white.inputs)
         solved = torch.linalg.solve_triangular(roots, white.inputs.mT.expand(len(roots), -1, -1), upper=False)
         moments = LogitMoments(white.inputs @ mean.mT + white.offset, solved.square().sum(-2).mT)
-        with common_random_numbers(data.inputs.device):
+        with seeded(COMMON, data.inputs.device):
             likelihood = data.weight * objective(complete(moments, data.offset), data.labels).sum()
         loss = standard_divergence(mean, roots) - likelihood
         loss.backward()
@@ -201,7 +203,7 @@ def _evaluate(data: HeadData, white: Whitened, complete: Complete, objective: Li
     mean = (white.inputs @ rows.mean.mT + white.offset).requires_grad_()
     solved = torch.linalg.solve_triangular(roots, white.inputs.mT.expand(len(roots), -1, -1), upper=False)
     variance = solved.square().sum(-2).mT.contiguous().requires_grad_()
-    with torch.enable_grad(), common_random_numbers(data.inputs.device):
+    with torch.enable_grad(), seeded(COMMON, data.inputs.device):
         likelihood = data.weight * objective(complete(LogitMoments(mean, variance), data.offset), data.labels).sum()
     slope, towards = torch.autograd.grad(likelihood, (mean, variance))
     loss = float(standard_divergence(rows.mean, roots) - likelihood.detach())
@@ -215,11 +217,3 @@ def standard_divergence(mean: Tensor, roots: Tensor) -> Tensor:
     trace = torch.linalg.solve_triangular(roots, eye, upper=False).square().sum()
     log_precision = 2 * roots.diagonal(dim1=-2, dim2=-1).log().sum()
     return 0.5 * (mean.square().sum() + trace - mean.numel() + log_precision)
-
-
-@contextmanager
-def common_random_numbers(device: torch.device) -> Iterator[None]:
-    """The same draws in every evaluation, so that a sampled objective is a smooth function."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        yield

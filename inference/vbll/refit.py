@@ -15,9 +15,10 @@ from pyrolora.guides.block_covariance import BlockCovarianceFactor
 from pyrolora.guides.low_rank_precision import LowRankPrecisionFactor
 from pyrolora.guides.vbll import LogitMoments, logit_moments
 from pyrolora.inference.last_layer import HeadData, LastLayerHead
-from pyrolora.inference.vbll.natural import GaussianRows, Whitened, common_random_numbers, optimum
+from pyrolora.inference.vbll.natural import COMMON, GaussianRows, Whitened, optimum
 from pyrolora.inference.vbll.objectives import Objective
 from pyrolora.models.adapters.last_layer import HEAD
+from pyrolora.models.randomness import seeded
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ def polish(
     def closure() -> Tensor:
         nonlocal last
         optimiser.zero_grad()
-        with torch.enable_grad(), common_random_numbers(data.inputs.device):
+        with torch.enable_grad(), seeded(COMMON, data.inputs.device):
             loss = negative_bound(head, twin, prior, data, objective)
         loss.backward()
         last = float(loss.detach())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pyrolora.models.answer_position import every_position
 from pyrolora.models.backbones import Backbone, Delta, OutputGate
 from pyrolora.models.local import LocalWeight
 from pyrolora.models.naming import nearest
@@ -17,6 +18,9 @@ from pyrolora.models.sites import Site
 
 if TYPE_CHECKING:
     from pyrolora.models.calibration import Calibration
+
+# entry of a training batch: the share of training that is done, a number from 0 to 1 for all rows
+PROGRESS = "progress"
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,13 @@ class Adapter(ABC):
     """
 
     registered: ClassVar[dict[str, type["Adapter"]]] = {}
+    # whether `deltas` map every position by itself, so that the last block may run at the answer alone
+    by_position: ClassVar[bool] = False
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # a promise about its own deltas, which a subclass does not inherit with other ones
+        cls.by_position = vars(cls).get("by_position", False)
         if not abstract:
             Adapter.registered[cls.__name__] = cls
 
@@ -148,6 +156,32 @@ class Adapter(ABC):
         """Entries of a batch that `deltas` and `gates` read beside the draw, such as what a gate is made from."""
         return ()
 
+    def local_draw(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What an adapter draws for every row anew, from its own conditional given sites and batch; nothing for most.
+
+        Args:
+            values: what `deltas` takes; the result is added to it.
+        """
+        return {}
+
+    @property
+    def draws_locally(self) -> bool:
+        """Whether `local_draw` draws anything."""
+        return False
+
+    def enumerated(self, values: Mapping[str, Tensor]) -> Tensor | None:
+        """Log probabilities of a discrete latent of each row that is to be summed out; None for most.
+
+        The network then runs once for each value, every row ``values`` times in a run, and class probabilities are mixed.
+
+        Args:
+            values: what `deltas` takes.
+
+        Shape:
+            ``(rows, values)``
+        """
+        return None
+
     def label_change(self, draw: Mapping[str, Tensor]) -> Delta | None:
         """A function of the features that returns the change of the class logits, or None.
 
@@ -162,7 +196,12 @@ class Adapter(ABC):
         return True
 
     def diagnostics(self, sites: Sequence[Site], draw: Mapping[str, Tensor]) -> dict[str, float]:
-        """Figures of a draw that training records at every step, such as how far factors are from orthonormal."""
+        """Figures of a draw that training records at every step, such as how far factors are from orthonormal.
+
+        Args:
+            sites: what `sites` returned.
+            draw: see `deltas`; with the entries of the step's batch that are called `context_keys`.
+        """
         return {}
 
     def to_dict(self) -> dict[str, Any]:
@@ -217,10 +256,13 @@ class LinearTape:
     def __enter__(self) -> "LinearTape":
         """Record until the block ends."""
         self._token = _TAPE.set(self)
+        self._every = every_position()
+        self._every.__enter__()
         return self
 
     def __exit__(self, *details: Any) -> None:
         """Stop recording."""
+        self._every.__exit__(*details)
         _TAPE.reset(self._token)
 
 

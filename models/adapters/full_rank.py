@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ class FullRank(Adapter):
         embeddings: whether token embeddings change as well.
         name: see `LoRA`.
     """
+
+    by_position: ClassVar = True
 
     targets: tuple[str, ...] | str = field(
         default="all-linear", metadata={"help": "projections to adapt, as PEFT's target_modules"}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ class LastLayer(Adapter):
     Raises:
         ValueError: an unknown centre; the nearest is offered.
     """
+
+    by_position: ClassVar = True
 
     bias: bool = field(default=False, metadata={"help": "append 1 to the features"})
     centre: str = field(default="rows", metadata={"help": ", ".join(CENTRES)})

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class LoRA(Adapter):
     Raises:
         ValueError: the rank is not positive, or alpha not positive.
     """
+
+    by_position: ClassVar = True
 
     rank: int = field(default=8, metadata={"help": "inner dimension of the product B A"})
     alpha: float = field(default=16.0, metadata={"help": "numerator of the scaling alpha / rank"})

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class PiSSA(CentredLowRank):
     Raises:
         ValueError: a negative number of iterations, or what `CentredLowRank` refuses.
     """
+
+    by_position: ClassVar = True
 
     alpha: float | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "numerator of the scaling; None for the rank"}

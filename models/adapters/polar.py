@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,8 @@ class PoLAR(Adapter):
     Raises:
         ValueError: the rank is not positive, or alpha not positive.
     """
+
+    by_position: ClassVar = True
 
     rank: int = field(default=8, metadata={"help": "columns of X and Y"})
     alpha: float = field(default=16.0, metadata={"help": "numerator of the scaling alpha / rank"})

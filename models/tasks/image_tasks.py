@@ -45,9 +45,18 @@ class ImageTaskSpec:
         """
         labels, parts = self.source.read(data_dir)
         divided = (self.split or _rule_for(parts)).divide(parts)
-        splits = {name: Split(name, self.name, examples, len(labels)) for name, examples in divided.items()}
+        train, validation, test = (
+            Split(name, self.name, divided[name], len(labels)) for name in ("train", "validation", "test")
+        )
         return Task(
-            self.name, labels, ImageClasses(labels), **splits, description=self.description, licence=self.licence
+            self.name,
+            labels,
+            ImageClasses(labels),
+            train,
+            validation,
+            test,
+            description=self.description,
+            licence=self.licence,
         )
 
 
@@ -98,7 +107,9 @@ def joined(tasks: Sequence[Task]) -> Task:
         name,
         labels,
         ImageClasses(labels, groups),
-        **splits,
+        splits["train"],
+        splits["validation"],
+        splits["test"],
         description=" ".join(one.description for one in tasks),
         licence="; ".join(dict.fromkeys(one.licence for one in tasks)),
     )

@@ -249,7 +249,7 @@ def encode_images(split: Split, format: ImageClasses, *, channels: int, size: in
                 "split of an image task."
             )
     rows = tuple(
-        ImageRow([], [], [], [], [], example, channels, size, tokens)
+        ImageRow([], [], [], [], [], example=example, channels=channels, size=size, tokens=tokens)
         for example in split.examples
         if isinstance(example, ImageExample)
     )

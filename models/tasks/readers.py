@@ -1,6 +1,7 @@
 """Readers: how one row of a data set becomes an example.
 
-A reader is any callable from a `Row` to an `Example`; these are the common ones.
+A reader is any callable from a `Row` to an `Example`, or to None for a row that is not of its task; these are the common
+ones.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 from pyrolora.models.naming import suggestion
 from pyrolora.models.tasks.example import Example, Row
 
-Reader = Callable[[Row], Example]
+Reader = Callable[[Row], Example | None]
 
 
 def class_index(row: Row, column: str, names: Sequence[str]) -> int:
@@ -54,6 +55,20 @@ def text_reader(names: Sequence[str], label: str = "label", **columns: str) -> R
         return Example(fields, class_index(row, label, names), id=str(row.get("id") or ""))
 
     return read
+
+
+def only(classes: Sequence[str], column: str, read: Reader) -> Reader:
+    """Return a reader that leaves out rows whose column names none of some classes.
+
+    Usage: ``only(("transfer", "balance"), "intent", text_reader(("transfer", "balance"), label="intent"))``.
+
+    Args:
+        classes: values of the column that stay.
+        column: the column.
+        read: reader of the rows that stay.
+    """
+    kept = frozenset(classes)
+    return lambda row: read(row) if row[column] in kept else None
 
 
 def choice_reader(question: str = "question", choices: str = "choices", answer: str = "answerKey") -> Reader:

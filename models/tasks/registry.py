@@ -49,7 +49,8 @@ def register(spec: Spec) -> Spec:
 
     From then on ``task("gadget_reviews", data_dir="reviews")`` reads ``reviews/train.jsonl`` and
     ``reviews/test.jsonl``,
-    and without ``data_dir`` the hub. A reader is any callable from a `Row` to an `Example`.
+    and without ``data_dir`` the hub. A reader is any callable from a `Row` to an `Example`, or to None for a
+    row that is to be left out.
 
     Args:
         spec: the task, of text or of images. It replaces one that was registered under the same name before.
@@ -107,7 +108,10 @@ def _task(name: str, data_dir: str | Path | None) -> Task:
     splits = {
         split: Split(split, name, chosen, len(spec.labels)) for split, chosen in spec.split.divide(examples).items()
     }
-    return Task(name, spec.labels, spec.format, **splits, description=spec.description, licence=spec.licence)
+    tables = {} if data_dir is None else spec.files.tables(Path(data_dir))
+    return Task(
+        name, spec.labels, spec.format, **splits, description=spec.description, licence=spec.licence, tables=tables
+    )
 
 
 def _read_rows(spec: TaskSpec, data_dir: Path | None) -> Parts:
@@ -125,8 +129,9 @@ def _read_rows(spec: TaskSpec, data_dir: Path | None) -> Parts:
 
 
 def _read_examples(reader: Reader, part: str, rows: Sequence[Row]) -> list[Example]:
-    read = (reader(row) for row in rows)
+    read = ((row, reader(row)) for row in rows)
     return [
         example if example.id else replace(example, id=f"{part}/{row.number}")
-        for row, example in zip(rows, read, strict=True)
+        for row, example in read
+        if example is not None
     ]

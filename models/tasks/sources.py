@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from pyrolora.models.tasks.example import Row
 
 Parts = dict[str, list[Row]]
@@ -34,12 +36,15 @@ class Files:
             that is not listed is looked for under its own name (validation also as dev and val).
         folder: name of the folder that usually holds the files; ``data_dir`` may be that folder or its
             parent.
-        columns: the columns of headerless ``.txt`` files.
+        columns: the columns of headerless ``.txt`` files, and of rows that are lists in `together`.
+        together: stems of ``.json`` files that hold all parts, as an object from part to rows; looked for before
+            files of single parts.
     """
 
     stems: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     folder: str = ""
     columns: tuple[str, ...] = ()
+    together: tuple[str, ...] = ()
 
     def read(self, data_dir: Path, parts: Iterable[str], optional: Iterable[str] = ()) -> Parts:
         """Return the rows of every part.
@@ -60,6 +65,10 @@ class Files:
             )
         bases = [data_dir / self.folder, data_dir] if self.folder else [data_dir]
         found: Parts = {}
+        for whole in (base / f"{stem}.json" for base in bases for stem in self.together):
+            if whole.is_file():
+                stored = read_parts_file(whole, self.columns)
+                return {part: self._part_of(stored, part, whole, optional) for part in parts}
         for part in parts:
             stems: tuple[str, ...] = self.stems.get(part, ALIASES.get(part, (part,)))
             paths = [base / (stem + ending) for base in bases for stem in stems for ending in ENDINGS]
@@ -74,6 +83,19 @@ class Files:
                 )
             found[part] = [] if path is None else read_file(path, self.columns)
         return found
+
+    def _part_of(self, held: Parts, part: str, path: Path, optional: Iterable[str]) -> list[Row]:
+        names = self.stems.get(part, ALIASES.get(part, (part,)))
+        rows = next((held[name] for name in names if name in held), None)
+        if rows is None and part not in optional:
+            raise FileNotFoundError(
+                f"{path.name} holds no part {part!r}: expected {' or '.join(names)}, and it has {sorted(held)}."
+            )
+        return rows or []
+
+    def tables(self, data_dir: Path) -> dict[str, Tensor]:
+        """Return tensors that all examples share, such as embeddings of items; none for most."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -190,6 +212,39 @@ def read_file(path: Path, columns: tuple[str, ...] = ()) -> list[Row]:
     if path.suffix == ".txt":
         return number_rows(csv.DictReader(lines, fieldnames=columns, delimiter="\t", quoting=csv.QUOTE_NONE), path.name)
     return number_rows(csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ","), path.name)
+
+
+def read_parts_file(path: Path, columns: tuple[str, ...] = ()) -> Parts:
+    """Return the rows of every part of a ``.json`` file that maps parts to rows, each an object or a list of values.
+
+    Usage: ``read_parts_file(Path("data_full.json"), ("text", "intent"))``.
+
+    Args:
+        path: the file.
+        columns: names of the values of rows that are lists.
+
+    Raises:
+        ValueError: another layout; the part and the row are named.
+    """
+    try:
+        held = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path.name} is not JSON ({error.msg}, line {error.lineno}).") from error
+    if not isinstance(held, dict) or not all(isinstance(rows, list) for rows in held.values()):
+        raise ValueError(
+            f"{path.name} should hold an object with a list of rows for each part, such as train and test."
+        )
+    found: Parts = {}
+    for part, rows in held.items():
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict) and not (isinstance(row, list) and len(row) == len(columns)):
+                raise ValueError(
+                    f"Row {number} of the part {part!r} of {path.name} is {row!r}; expected an object, or a list of "
+                    f"{', '.join(columns) or 'nothing'}."
+                )
+        named = (row if isinstance(row, dict) else dict(zip(columns, row, strict=True)) for row in rows)
+        found[part] = number_rows(named, f"{path.name} {part}")
+    return found
 
 
 def _parse(line: str, path: Path, number: int) -> dict[str, Any]:

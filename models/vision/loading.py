@@ -16,6 +16,8 @@ from pyrolora.models.vision.onnx import read_graph
 
 # transformers' model types that put a class token first and keep their blocks in one list
 MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers")
+# those of them that pool the class token unless they are told not to
+POOLING = ("vit", "deit")
 # short name -> processor settings; the networks are made below
 TINY, DINOV2 = "tiny-vit", "dinov2-small"
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -101,20 +103,18 @@ def _split_size(name: str) -> tuple[str, int | None]:
 
 def _loaded(source: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     try:
+        # what a class token is pooled with is no part of the features, and checkpoints often lack it
+        pooling = {"add_pooling_layer": False} if AutoConfig.from_pretrained(source).model_type in POOLING else {}
         network, report = AutoModel.from_pretrained(
-            source, dtype=dtype, attn_implementation=attention_of(dtype, device), output_loading_info=True
+            source, dtype=dtype, attn_implementation=attention_of(dtype, device), output_loading_info=True, **pooling
         )
     except OSError as error:
         raise ValueError(f"The vision model {source!r} cannot be loaded: {error}") from error
-    # what a class token is pooled with is no part of the features, and checkpoints often lack it
-    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
-    if missing:
+    if missing := sorted(report["missing_keys"]):
         raise ValueError(
             f"The weights of {source!r} lack {len(missing)} tensors of its configuration, such as {missing[0]!r}; they would "
             "be random. Save the model again."
         )
-    if getattr(network, "pooler", None) is not None:
-        network.pooler = None
     return network
 
 

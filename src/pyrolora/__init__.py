@@ -17,14 +17,30 @@ from pyrolora.inference.evaluation.gold import compare_to_gold
 from pyrolora.inference.features import FeatureCache
 from pyrolora.inference.laplace import Laplace, LaplacePosterior
 from pyrolora.inference.map import MAP
+from pyrolora.inference.merging import merge
 from pyrolora.inference.nuts import NUTS
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.predictive import Predictive
 from pyrolora.inference.released import ReleasedBLoB
+from pyrolora.inference.retaining import QualityRetaining
 from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.svi import SVI
 from pyrolora.inference.vbll import VBLL
-from pyrolora.models.adapters import S2FT, Adapter, CorDA, FullRank, LastLayer, LoRA, LoRAPool, PiSSA, PoLAR, QPiSSA
+from pyrolora.models.adapters import (
+    S2FT,
+    Adapter,
+    CorDA,
+    FullRank,
+    ItemProjector,
+    LastLayer,
+    LoRA,
+    LoRAPool,
+    MixtureLoRA,
+    MoEfiedLoRA,
+    PiSSA,
+    PoLAR,
+    QPiSSA,
+)
 from pyrolora.models.backbones import Backbone, load_backbone
 from pyrolora.models.covariance import Covariance
 from pyrolora.models.moments import SecondMoments, second_moments
@@ -56,6 +72,7 @@ __all__ = [
     "Flat",
     "FullCovariance",
     "FullRank",
+    "ItemProjector",
     "Laplace",
     "LaplacePosterior",
     "LastLayer",
@@ -65,12 +82,15 @@ __all__ = [
     "LowRankPrecision",
     "MatrixNormal",
     "MeanField",
+    "MixtureLoRA",
+    "MoEfiedLoRA",
     "PiSSA",
     "PoLAR",
     "Point",
     "Posterior",
     "Predictive",
     "QPiSSA",
+    "QualityRetaining",
     "Relative",
     "ReleasedBLoB",
     "Report",
@@ -85,6 +105,7 @@ __all__ = [
     "learned",
     "load_backbone",
     "logit_scale",
+    "merge",
     "merged",
     "second_moments",
     "task",

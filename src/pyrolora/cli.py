@@ -1,4 +1,4 @@
-"""The command line: ``pyrolora compare``, ``experiment``, ``fit``, ``evaluate``, ``predict``, ``sites``, ``episodes`` ..."""
+"""The command line: ``pyrolora compare``, ``experiment``, ``report``, ``fit``, ``evaluate``, ``predict``, ``windows``..."""
 
 import json
 import logging
@@ -48,7 +48,10 @@ Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, o
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 AdapterName = Annotated[
     str | None,
-    typer.Option("--adapter", help="lora, polar, pissa, corda, s2ft, full_rank, or a declaration: 'PiSSA(rank=16)'."),
+    typer.Option(
+        "--adapter",
+        help="lora, mixture_lora, polar, pissa, corda, s2ft, full_rank, or a declaration: 'PiSSA(rank=16)'.",
+    ),
 ]
 Schedule = Annotated[
     str | None,
@@ -220,7 +223,9 @@ def evaluate_command(
                 f"{first.model.task.name!r}. Evaluate them apart."
             )
     foreign = {name: load_task(name).test for name in (ood.split(",") if ood else ())}
-    report = evaluate(posteriors, first.model.task.test, ood=foreign, draws=draws, progress=not quiet)
+    own = first.model.task
+    groups = getattr(own.format, "groups", ())
+    report = evaluate(posteriors, own.test, ood=foreign, groups=groups, draws=draws, progress=not quiet)
     typer.echo(report.to_markdown())
     if out is not None:
         report.save(out)
@@ -341,6 +346,28 @@ def _picture(name: str) -> Path:
     if not (path := Path(name)).is_file():
         raise FileNotFoundError(f"No picture at {name!r}. The task's examples are images: give paths of files.")
     return path
+
+
+@_command
+def windows_command(
+    source: Annotated[str, typer.Argument(help="movielens-100k, or a CSV file with user, item, timestamp.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for windows, titles, embeddings and states.")],
+    train_windows: Annotated[int | None, typer.Option("--train-windows", help="Training windows; 0 for all.")] = 20_000,
+    history: Annotated[int, typer.Option("--history", help="Items of a window.")] = 10,
+    candidates: Annotated[int, typer.Option("--candidates", help="Items to choose from, the target among them.")] = 20,
+    epochs: Annotated[int, typer.Option("--epochs", help="Epochs of the sequence encoder.")] = 30,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of users, candidates and encoder.")] = 0,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Make the data of next_item tasks from interactions: --task next_item --data-dir FOLDER takes them from there."""
+    from pyrolora.models.recommendation import Preparation, read_interactions
+
+    preparation = Preparation(
+        history=history, candidates=candidates, train_windows=train_windows or None, epochs=epochs, seed=seed
+    )
+    preparation.prepare(read_interactions(source), out, device=device or "cpu", progress=not quiet)
+    typer.echo(f"Prepared in {out}. Fit with: pyrolora fit --task next_item --data-dir {out} --adapter 'MixtureLoRA()'")
 
 
 @_command

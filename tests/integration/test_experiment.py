@@ -8,7 +8,14 @@ import pytest
 import yaml
 from matplotlib.figure import Figure
 
-from pyrolora.inference.evaluation.experiment import ExperimentConfig, compare, fit_one, read_config
+from pyrolora.inference.evaluation.experiment import (
+    ExperimentConfig,
+    _foreign,
+    _task,
+    compare,
+    fit_one,
+    read_config,
+)
 from pyrolora.inference.evaluation.methods import METHODS as METHODS_BY_NAME
 from pyrolora.inference.evaluation.report import Report
 from pyrolora.inference.laplace import Laplace
@@ -214,6 +221,14 @@ def test_validation_precision_chooses_on_the_validation_split(config, tmp_path, 
     assert seen == ["validation"]
 
 
+def test_a_method_may_name_its_kind_of_prediction(config, tmp_path):
+    drawn = {"like": "laplace", "kind": "mc"}
+    report = compare(config(methods=("laplace", "drawn"), settings={"drawn": drawn}), tmp_path / "run", progress=False)
+    assert [(row.method, row.kind) for row in report.rows if row.method != "zero-shot"] == [
+        ("laplace", "linearised"), ("drawn", "mc"),
+    ]  # fmt: skip
+
+
 def test_last_layer_laplace_needs_no_estimate(config, tmp_path, monkeypatch):
     # its own MAP fit, of 150 steps by default
     monkeypatch.setattr(MAP, "fit", lambda self, *args, **kwargs: SVI.fit(replace(self, **SHORT), *args, **kwargs))
@@ -229,6 +244,7 @@ def test_last_layer_laplace_needs_no_estimate(config, tmp_path, monkeypatch):
         ({"settings": {"blob": {"steps": "many"}}}, "'steps' of SVI is a number; got 'many'"),
         ({"settings": {"map": {"guide": "BLoB()"}}, "methods": ("laplace",)}, "points"),
         ({"settings": {"laplace": {"guide": "BLoB()"}}}, "takes no guide"),
+        ({"settings": {"blob": {"kind": "mcc"}}}, "Unknown kind of prediction 'mcc'. Did you mean 'mc'"),
         ({"settings": {"laplace": {"estimate": "mapp"}}}, "Unknown method 'mapp'. Did you mean 'map'"),
         ({"settings": {"laplace": {"estimate": "laplace"}}}, "round in a circle: laplace <- laplace"),
         ({"settings": {"blob": {"prior": {"*.lora_C": "Flat()"}}}}, r"'\*.lora_C' matches no site"),
@@ -242,6 +258,21 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(config, tmp_pat
         compare(config(**changes), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
     assert not fits
+
+
+def test_foreign_items_lie_beside_the_task_s_own_and_are_never_its_own(config, tmp_path):
+    rows = [{"question": f"Why {n}?", "choices": ["a", "b"], "answerKey": "0", "id": str(n)} for n in range(400)]
+    for folder, first in (("arc_easy", 0), ("arc_challenge", 200)):
+        (tmp_path / folder).mkdir()
+        for part in ("train", "validation", "test"):
+            lines = [json.dumps(row) for row in rows[first : first + 200]]
+            (tmp_path / folder / f"{part}.jsonl").write_text("\n".join(lines))
+    arc = config(task="arc_easy", data_dir=str(tmp_path), ood=("arc_challenge",), train_size=None, test_size=None)
+    data = _task(arc)
+    assert {example.id for example in _foreign("arc_challenge", arc, data)} == {str(n) for n in range(200, 400)}
+    inside = replace(arc, data_dir=str(tmp_path / "arc_easy"))
+    with pytest.raises(ValueError, match=r"'arc_challenge' are those of 'arc_easy'.*Give the folder above it"):
+        _foreign("arc_challenge", inside, data)
 
 
 class TestFitOne:

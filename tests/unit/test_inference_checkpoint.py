@@ -21,6 +21,11 @@ BATCH = 5
 ENGINES = {
     "svi": (SVI(guide=BLoB(), steps=STEPS, batch_size=BATCH), None),
     "svi, learned prior": (SVI(guide=MeanField(), steps=STEPS, batch_size=BATCH), learned(0.1, after=0.3)),
+    "svi, relevance": (
+        SVI(guide=MeanField(), steps=STEPS, batch_size=BATCH),
+        learned(0.1, after=0.0, per=("layer", "rank"), every=2),
+    ),
+    "svi, natural widths": (SVI(guide=BLoB(), steps=STEPS, batch_size=BATCH, width="natural"), None),
     "svi, two particles": (SVI(guide=BLoB(), steps=STEPS, batch_size=BATCH, particles=2, noise="weight"), None),
     "svi, averaged": (SVI(guide=BLoB(), steps=STEPS, batch_size=BATCH, average=0.6), None),
     "map": (MAP(steps=STEPS, batch_size=BATCH), None),

@@ -134,7 +134,7 @@ class TestScores:
         similarity, labels = TaskMerging(pool, augmentation=None).similarity(batch)
         assert torch.equal(labels, batch["support_labels"])
         for number, member in enumerate(members):
-            member.model.bind(member.mean())
+            member.model.bind(batch, member.mean())
             features = member.model.head.features(batch["support"])
             expected = prototype_logits(features, features, batch["support_labels"], 2, scale=1.0)
             torch.testing.assert_close(similarity[:, number], expected, atol=1e-10, rtol=0)

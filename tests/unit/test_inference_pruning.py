@@ -1,5 +1,6 @@
 """Signal-to-noise of rank-one parts against draws, and what pruning leaves."""
 
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -7,6 +8,7 @@ from pyrolora.guides import BLoB, KroneckerNormal, MeanField, Point, build_guide
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.pruning import prune_ranks, rank_reports
 from pyrolora.models.adapters import LastLayer, LoRA, PiSSA
+from pyrolora.models.priors import learned
 
 # chance that a Monte-Carlo ratio misses by a tenth although it is right: below 1e-6 at 20,000 draws
 FALSE_ALARM_RATE = 1e-6
@@ -83,3 +85,16 @@ def test_refusals(model, three_topics_model):
     head = three_topics_model(adapter=LastLayer())
     with pytest.raises(ValueError, match=r"in pairs of sites lora_A and lora_B; this posterior has head.weight"):
         rank_reports(posterior_of(head, MeanField()), 1.0)
+
+
+def test_the_report_shows_the_learned_scale_of_every_part(three_topics_model):
+    prior = {"*.lora_A": learned(0.1, per=("layer", "rank")), "*.lora_B": dist.Normal(0.0, 1.0)}
+    model = three_topics_model(adapter=LoRA(rank=3, alpha=4.0, layers=(1, 2)), prior=prior)
+    wanted = torch.rand(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model.prior.scales["q_proj.lora_A"].copy_(wanted[..., None])
+    report = rank_reports(posterior_of(model, MeanField()), 1.0)["q_proj"]
+    assert list(report.prior_scales) == ["lora_A"]
+    torch.testing.assert_close(report.prior_scales["lora_A"], wanted)
+    first = f"{float(wanted[0].min()):.3g} to {float(wanted[0].max()):.3g}"
+    assert report.to_markdown().splitlines()[2].endswith(f"| {first} |")
+    assert "prior scale of lora_A" in report.to_markdown()

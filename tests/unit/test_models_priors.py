@@ -1,5 +1,7 @@
 """Priors: every form of declaration against torch.distributions, and what is refused."""
 
+import json
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -7,6 +9,7 @@ import torch
 from pyro import poutine
 
 from pyrolora.models.adapters import LoRA
+from pyrolora.models.declarations import declared_prior
 from pyrolora.models.priors import Flat, Prior, fit_to_site, learned, move
 from pyrolora.models.sites import Site, SiteTable
 
@@ -41,6 +44,11 @@ class TestForms:
     def test_a_vector_distribution_is_repeated_over_the_leading_dimensions(self):
         value = torch.randn(A.shape)
         torch.testing.assert_close(fit_to_site(CORRELATED, A).log_prob(value), CORRELATED.log_prob(value).sum())
+
+    def test_a_flat_priors_zeros_are_where_and_what_the_value_is(self):
+        value = torch.zeros(A.shape, dtype=torch.float64, device="meta")
+        zeros = Prior({"*_A": Flat(), "*_B": Flat()}, SITES)(A).log_prob(value)
+        assert (zeros.shape, zeros.dtype, zeros.device.type) == ((), torch.float64, "meta")
 
     @pytest.mark.parametrize("declaration", [Flat(), lambda site: Flat()])
     def test_flat_is_zero_everywhere_and_cannot_be_sampled(self, declaration):
@@ -149,6 +157,74 @@ class TestLearned:
         prior.update_scales({A.name: torch.tensor(0.0), B.name: torch.tensor(0.0)}, progress=1.0)
         assert all(scale > 0 and prior(site).log_prob(torch.zeros(site.shape)).isfinite()
                    for scale, site in zip(prior.scales.values(), (A, B), strict=True))  # fmt: skip
+
+
+class TestRelevance:
+    """Learned scales along the dimensions of a site."""
+
+    @pytest.mark.parametrize("per", [("layer",), ("rank",), ("layer", "rank"), A.dims])
+    def test_every_group_is_where_the_gradient_of_its_elbo_vanishes(self, per):
+        strength, start = 0.7, 0.1
+        prior = Prior({"*_A": learned(start, strength=strength, after=0.0, per=per), "*_B": Flat()}, SITES)
+        source = torch.Generator().manual_seed(0)
+        loc, width = torch.randn(A.shape, generator=source), torch.rand(A.shape, generator=source)
+        prior.update_scales({A.name: loc.square() + width.square()}, progress=1.0)
+        scale = prior.scales[A.name].double().requires_grad_()
+        q = torch.distributions.Normal(loc.double(), width.double())
+        p = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), scale)
+        # as many further weights of the first scale, in expectation
+        centre = torch.distributions.Normal(torch.zeros(A.shape, dtype=torch.float64), start)
+        loss = (
+            torch.distributions.kl_divergence(q, p).sum()
+            + strength * torch.distributions.kl_divergence(centre, p).sum()
+        )
+        (gradient,) = torch.autograd.grad(loss, scale)
+        groups = [size if name in per else 1 for name, size in zip(A.dims, A.shape, strict=True)]
+        assert list(scale.shape) == groups
+        assert gradient.abs().max() < 1e-4 * loss.abs()
+        assert scale.flatten().unique().numel() == scale.numel()
+        torch.testing.assert_close(prior(A).stddev, prior.scales[A.name].expand(A.shape))
+
+    def test_the_fixed_point_is_the_evidence_of_a_conjugate_model(self):
+        """Regression with orthogonal inputs: EM on (q, s) ends where the marginal likelihood is highest, group by group."""
+        precision, source = 25.0, torch.Generator().manual_seed(0)
+        spread = torch.linspace(0.5, 2.0, A.shape[0] * A.shape[1], dtype=torch.float64).reshape(*A.shape[:2], 1)
+        estimate = spread * (1 + 0.1 * torch.rand(A.shape, generator=source, dtype=torch.float64))
+        prior = Prior(
+            {"*_A": learned(1.0, strength=0.0, after=0.0, per=("layer", "rank")), "*_B": Flat()},
+            SITES,
+            dtype=torch.float64,
+        )
+        for _ in range(100):
+            variance = 1 / (precision + prior.scales[A.name].pow(-2))
+            moments = (variance * precision * estimate).square() + variance
+            prior.update_scales({A.name: moments}, progress=1.0)
+        # an estimate of a weight is Normal(0, s^2 + 1 / precision): the variance of highest likelihood is its mean square
+        best = (estimate.square().mean(-1, keepdim=True) - 1 / precision).sqrt()
+        torch.testing.assert_close(prior.scales[A.name], best, rtol=1e-10, atol=0)
+
+    def test_updates_come_every_so_many_steps(self):
+        prior = Prior({"*_A": learned(0.1, after=0.25, every=3, per="rank"), "*_B": learned(0.1)}, SITES)
+        due = [prior.due_scales(step / 10, step) for step in range(1, 11)]
+        assert [A.name in names for names in due] == [False, False, True, False, False, True, False, False, True, False]
+        assert [B.name in names for names in due] == [False] * 4 + [True] * 6
+        prior.update_scales({A.name: torch.ones(A.shape)}, 0.4, step=4)
+        assert (prior.scales[A.name] == 0.1).all()
+
+    def test_a_dimension_that_the_site_lacks_offers_the_nearest(self):
+        with pytest.raises(ValueError, match=r"'ranks', which is none of its dimensions .* Did you mean 'rank'"):
+            Prior(learned(0.1, per=("layer", "ranks")), SITES)
+        with pytest.raises(ValueError, match="`every` counts steps between updates"):
+            learned(0.1, every=0)
+
+    def test_description_and_text_keep_the_groups(self):
+        declaration = declared_prior("learned(0.1, per=('layer', 'rank'), every=5)")
+        assert declaration == learned(0.1, per=("layer", "rank"), every=5)
+        prior = Prior(declaration, SITES)
+        again = Prior.specification_from_dict(json.loads(json.dumps(prior.to_dict())))
+        assert again == dict.fromkeys(SITES, declaration)
+        older = {A.name: {"prior": "learned", "scale": 0.1, "strength": 1.0, "after": 0.5}}
+        assert Prior.specification_from_dict(older) == {A.name: learned(0.1)}
 
 
 class TestDescription:

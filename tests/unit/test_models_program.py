@@ -42,6 +42,8 @@ def batch_of(model, rows=4):
 class TestSiteTable:
     def test_it_tells_name_shape_dims_prior_and_weights(self, three_topics_model, capsys):
         prior = {"*.lora_A": dist.Normal(0.0, 0.2), "q_proj.lora_B": Flat(), "v_proj.lora_B": learned(0.05)}
+        prior["v_proj.lora_A"] = learned(0.1, per=("layer", "rank"), every=5)
+        prior["q_proj.lora_A"] = prior.pop("*.lora_A")
         three_topics_model(prior=prior).print_sites()
         rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
         rows = [[cell.strip() for cell in row if cell.strip()] for row in rows]
@@ -49,7 +51,13 @@ class TestSiteTable:
             ["site", "shape", "dims", "prior", "weights"],
             ["q_proj.lora_A", "(2, 2, 32)", "layer, rank, in_feature", "Normal(loc=0, scale=0.2)", "128"],
             ["q_proj.lora_B", "(2, 32, 2)", "layer, out_feature, rank", "Flat()", "128"],
-            ["v_proj.lora_A", "(2, 2, 32)", "layer, rank, in_feature", "Normal(loc=0, scale=0.2)", "128"],
+            [
+                "v_proj.lora_A",
+                "(2, 2, 32)",
+                "layer, rank, in_feature",
+                "learned(scale=0.1, strength=1, after=0.5, per=(layer, rank), every=5)",
+                "128",
+            ],
             [
                 "v_proj.lora_B",
                 "(2, 16, 2)",

@@ -77,6 +77,8 @@ class TestNames:
                 "uci_sentiment_yelp",
                 "uci_sentiment_imdb",
                 "wordnet_mcq",
+                "clinc150",
+                "clinc150_oos",
             ),
             *("mmlu_college_chemistry", "mmlu_world_religions"),
         }
@@ -176,6 +178,36 @@ class TestLocalFolders:
         write_rows(tmp_path / "all.jsonl", rows)
         made = task("bbc_headlines", tmp_path)
         assert all(example.fields["text"].startswith("Head ") for example in made.train)
+
+    def test_clinc150_keeps_its_twenty_intents_and_its_out_of_scope_queries(self, tmp_path):
+        kept, left_out = ["transfer", "whisper_mode"], "book_flight"
+        held = {
+            part: [[f"{part} {intent} {n}", intent] for intent in (*kept, left_out) for n in range(3)]
+            for part in ("train", "val", "test")
+        } | {part: [[f"{part} {n}", "oos"] for n in range(2)] for part in ("oos_train", "oos_val", "oos_test")}
+        (tmp_path / "clinc150").mkdir()
+        (tmp_path / "clinc150" / "data_full.json").write_text(json.dumps(held))
+        made, foreign = task("clinc150", tmp_path), task("clinc150_oos", tmp_path / "clinc150")
+        assert len(made.labels) == 20
+        for part in (made.train, made.validation, made.test):
+            assert Counter(made.labels[example.label] for example in part) == dict.fromkeys(kept, 3)
+        assert made.validation.examples[0].fields == {"text": "val transfer 0"}
+        assert [len(split) for split in (foreign.train, foreign.validation, foreign.test)] == [2, 2, 2]
+        assert {foreign.labels[example.label] for example in foreign.test} == {"oos"}
+
+    def test_parts_in_one_file(self, tmp_path):
+        (tmp_path / "all.json").write_text(json.dumps({"dev": [{"text": "a"}], "test": [["b"]]}))
+        files = Files(columns=("text",), together=("all",))
+        found = files.read(tmp_path, ["validation", "test", "extra"], optional=["extra"])
+        assert [[row["text"] for row in rows] for rows in found.values()] == [["a"], ["b"], []]
+        with pytest.raises(FileNotFoundError, match=r"all\.json holds no part 'train': .*\['dev', 'test'\]"):
+            files.read(tmp_path, ["train"])
+        (tmp_path / "all.json").write_text(json.dumps({"test": [["b", "c"]]}))
+        with pytest.raises(ValueError, match=r"Row 1 of the part 'test' of all\.json is \['b', 'c'\]; .* text"):
+            files.read(tmp_path, ["test"])
+        (tmp_path / "all.json").write_text("[1]")
+        with pytest.raises(ValueError, match=r"all\.json should hold an object with a list of rows for each part"):
+            files.read(tmp_path, ["test"])
 
     def test_line_separators_inside_a_string_do_not_end_a_row(self, tmp_path):
         (tmp_path / "rows.jsonl").write_text('{"text": "a\u2028b"}\n\n{"text": "c"}\n', encoding="utf-8")
