@@ -39,6 +39,9 @@ def measure(cell: dict[str, Any], folder: Path) -> dict[str, Any]:
         "tilted, rank 32": pl.VBLL(refit="tilted", guide=pl.LowRankPrecision(32), feature_folder=features),
         "tilted, diagonal": pl.VBLL(refit="tilted", guide=pl.MeanField(), feature_folder=features),
         "mc": pl.VBLL(refit="mc", guide=wide, **draws),
+        "mc, contrasts": pl.VBLL(
+            objective="tilted", refit="mc", guide=pl.ClassContrasts(), **{**draws, "objective_draws": 256}
+        ),
         "bohning": pl.VBLL(refit="bohning", guide=wide, feature_folder=features),
     }
     fitted: dict[str, Posterior] = {}

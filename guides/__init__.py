@@ -4,6 +4,7 @@ from pyrolora.guides.base import Factor, Family, Guide, GuideSpecification
 from pyrolora.guides.blob import BLoB
 from pyrolora.guides.block_covariance import BlockCovariance
 from pyrolora.guides.build import build_guide
+from pyrolora.guides.class_contrasts import ClassContrasts
 from pyrolora.guides.empirical import Empirical
 from pyrolora.guides.full_covariance import FullCovariance
 from pyrolora.guides.kronecker import KroneckerNormal
@@ -18,6 +19,7 @@ from pyrolora.guides.vbll import LogitMoments, logit_moments
 __all__ = [
     "BLoB",
     "BlockCovariance",
+    "ClassContrasts",
     "Empirical",
     "Factor",
     "Family",

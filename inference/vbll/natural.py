@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -67,6 +68,30 @@ class Whitened:
         return Whitened(loc, first, basis, scaled @ basis, data.inputs @ loc.mT)
 
 
+class Rows(Protocol):
+    """Normals over the whitened rows, as `optimum` moves them."""
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean, ``(rows, span)``."""
+
+    def roots(self, inputs: Tensor) -> Tensor:
+        """Lower Cholesky factors of the rows' precisions, ``(rows, span, span)``."""
+
+    def divergence(self, roots: Tensor) -> Tensor:
+        """KL to the prior in nats."""
+
+    def moved(self, inputs: Tensor, slope: Tensor, curvature: Tensor, length: float) -> "Rows":
+        """A natural-gradient step.
+
+        Args:
+            inputs: the data's coordinates, ``(examples, span)``.
+            slope: gradient of the objective in the logit means, ``(examples, rows)``.
+            curvature: minus twice that in the logit variances.
+            length: 1 for a whole step.
+        """
+
+
 @dataclass(frozen=True)
 class GaussianRows:
     """Independent Normals over the whitened rows: mean, and data weights that make up the precision.
@@ -79,16 +104,33 @@ class GaussianRows:
     mean: Tensor
     curvature: Tensor
 
+    @staticmethod
+    def at_prior(white: Whitened) -> "GaussianRows":
+        """What is known before the data."""
+        zero, rows = white.inputs.new_zeros, white.loc.shape[0]
+        return GaussianRows(zero(rows, white.inputs.shape[-1]), zero(len(white.inputs), rows))
+
     def roots(self, inputs: Tensor) -> Tensor:
         """Lower Cholesky factors of the precisions, ``(rows, span, span)``."""
         span = inputs.shape[-1]
         precision = inputs.mT @ (self.curvature.mT[..., None] * inputs)
         return torch.linalg.cholesky(precision + torch.eye(span).to(inputs))
 
+    def divergence(self, roots: Tensor) -> Tensor:
+        """See `Rows.divergence`."""
+        return standard_divergence(self.mean, roots)
+
+    def moved(self, inputs: Tensor, slope: Tensor, curvature: Tensor, length: float) -> "GaussianRows":
+        """See `Rows.moved`: the weights towards the curvature, the mean preconditioned by the new precision."""
+        moved = GaussianRows(self.mean, (1 - length) * self.curvature + length * curvature)
+        pull = (slope.mT @ inputs - self.mean)[..., None]
+        change = torch.cholesky_solve(pull, moved.roots(inputs))[..., 0]
+        return GaussianRows(self.mean + length * change, moved.curvature)
+
 
 @dataclass(frozen=True)
 class _State:
-    rows: GaussianRows
+    rows: Any
     roots: Tensor
     loss: float
     slope: Tensor
@@ -104,12 +146,13 @@ def optimum(
     steps: int = 60,
     tolerance: float = 1e-10,
     polish_steps: int = 1000,
-    start: GaussianRows | None = None,
-) -> tuple[GaussianRows, float]:
-    """Minimise ``KL - sum_n objective_n`` over Normals that factorise over rows; the loss never rises.
+    start: Rows | None = None,
+) -> tuple[Any, float]:
+    """Minimise ``KL - sum_n objective_n`` over Normals of the start's kind; the loss never rises.
 
-    A step of length r is ``l <- (1 - r) l + r w`` and ``mean <- mean + r S (X' g - mean)``, with g the gradient of the
-    objective in the logit mean and w minus twice that in its variance. For a Gaussian likelihood one full step is exact.
+    For independent rows a step of length r is ``l <- (1 - r) l + r w`` and ``mean <- mean + r S (X' g - mean)``, with g the
+    gradient of the objective in the logit mean and w minus twice that in its variance. For a Gaussian likelihood one full
+    step is exact.
 
     Source: Khan and Rue, "The Bayesian Learning Rule", 2023; Opper and Archambeau, "The variational Gaussian approximation
     revisited", 2009, for the N weights that hold the covariance.
@@ -121,21 +164,20 @@ def optimum(
         objective: what to maximise; ``"mc"`` with common random numbers.
         steps: natural-gradient steps at most.
         tolerance: relative decrease of the loss at which to stop.
-        polish_steps: L-BFGS steps at most, where the others have not converged: Jensen's bound has a direction, the shift of
-            all classes, along which natural gradients crawl.
-        start: where to start; the prior by default.
+        polish_steps: L-BFGS steps at most, where `GaussianRows` have not converged: Jensen's bound has a direction, the shift
+            of all classes, along which natural gradients crawl.
+        start: where to start, and of which kind; independent rows as in the prior by default.
 
     Returns:
         The optimum and its loss in nats.
     """
-    rows, examples = white.loc.shape[0], len(data)
-    zero = data.inputs.new_zeros
-    first = start or GaussianRows(zero(rows, white.inputs.shape[-1]), zero(examples, rows))
-    state, length, small = _evaluate(data, white, complete, objective, first), 1.0, 0
+    state = _evaluate(data, white, complete, objective, start or GaussianRows.at_prior(white))
+    length, small = 1.0, 0
     taken = 0
     for taken in range(1, steps + 1):  # noqa: B007 - reported below
         for _ in range(MOST_HALVINGS):
-            tried = _evaluate(data, white, complete, objective, _moved(white, state, length))
+            moved = state.rows.moved(white.inputs, state.slope, state.curvature, length)
+            tried = _evaluate(data, white, complete, objective, moved)
             if tried.loss <= state.loss:
                 break
             length /= 2
@@ -147,7 +189,7 @@ def optimum(
         if small == 3:
             break
     else:
-        if polish_steps:
+        if polish_steps and isinstance(state.rows, GaussianRows):
             state = _polish(data, white, complete, objective, state, polish_steps, tolerance)
     logger.debug("natural gradient: %d steps, loss %.6f", taken, state.loss)
     return state.rows, state.loss
@@ -189,16 +231,7 @@ def _polish(
     return found if found.loss < state.loss else state
 
 
-def _moved(white: Whitened, state: _State, length: float) -> GaussianRows:
-    """One step, the mean preconditioned by the new precision."""
-    curvature = (1 - length) * state.rows.curvature + length * state.curvature
-    moved = replace(state.rows, curvature=curvature)
-    pull = (state.slope.mT @ white.inputs - state.rows.mean)[..., None]
-    change = torch.cholesky_solve(pull, moved.roots(white.inputs))[..., 0]
-    return replace(moved, mean=state.rows.mean + length * change)
-
-
-def _evaluate(data: HeadData, white: Whitened, complete: Complete, objective: Likelihood, rows: GaussianRows) -> _State:
+def _evaluate(data: HeadData, white: Whitened, complete: Complete, objective: Likelihood, rows: Rows) -> _State:
     roots = rows.roots(white.inputs)
     mean = (white.inputs @ rows.mean.mT + white.offset).requires_grad_()
     solved = torch.linalg.solve_triangular(roots, white.inputs.mT.expand(len(roots), -1, -1), upper=False)
@@ -206,7 +239,7 @@ def _evaluate(data: HeadData, white: Whitened, complete: Complete, objective: Li
     with torch.enable_grad(), seeded(COMMON, data.inputs.device):
         likelihood = data.weight * objective(complete(LogitMoments(mean, variance), data.offset), data.labels).sum()
     slope, towards = torch.autograd.grad(likelihood, (mean, variance))
-    loss = float(standard_divergence(rows.mean, roots) - likelihood.detach())
+    loss = float(rows.divergence(roots) - likelihood.detach())
     # a bound is concave in the variance's direction of less certainty; sampling may break that by a rounding error
     return _State(rows, roots, loss, slope, (-2 * towards).clamp_min(0))
 

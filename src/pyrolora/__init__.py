@@ -3,6 +3,7 @@
 from pyrolora.guides import (
     BLoB,
     BlockCovariance,
+    ClassContrasts,
     FullCovariance,
     LowRank,
     LowRankPrecision,
@@ -64,6 +65,7 @@ __all__ = [
     "BayesianModel",
     "BlockCovariance",
     "BlockSchedule",
+    "ClassContrasts",
     "CorDA",
     "Covariance",
     "Engine",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pyro.infer import TraceMeanField_ELBO
 
-from pyrolora.guides import BlockCovariance, FullCovariance, LowRankPrecision, MeanField, Point
+from pyrolora.guides import BlockCovariance, ClassContrasts, FullCovariance, LowRankPrecision, MeanField, Point
 from pyrolora.inference.evaluation.methods import METHODS
 from pyrolora.inference.evaluation.ood import decompose
 from pyrolora.inference.features import FeatureCache
@@ -187,6 +187,18 @@ class TestRefit:
         posterior = fit(make(), guide=guide)
         assert posterior.record["refit_loss"] > 0
         assert "linearised_mf1" in posterior.kinds
+
+    def test_class_contrasts_are_trained_refitted_and_refused_where_a_shift_counts(self, make):
+        posterior = fit(make(), guide=ClassContrasts(), objective="tilted", refit="mc")
+        assert posterior.record["refit_loss"] > 0
+        probs = posterior.predict(posterior.model.task.train, kind="linearised_mf1").mean_probs
+        assert (probs.sum(-1) - 1).abs().max() < 1e-5
+        shift = float(head_of(posterior).distribution().shift_scale.detach())
+        assert shift == pytest.approx(posterior.record["prior_scale"] / 3**0.5, rel=1e-5)
+        with pytest.raises(ValueError, match="objective='jensen' is a bound that the variance of a shift"):
+            fit(make(), guide=ClassContrasts(), refit="mc")
+        with pytest.raises(ValueError, match="refit='jensen' is a bound that the variance of a shift"):
+            fit(make(), guide=ClassContrasts(), objective="mc", refit="jensen")
 
     def test_laplace_keeps_the_mean_and_takes_the_inverse_of_each_block(self, make):
         model = make(dtype=torch.float64)

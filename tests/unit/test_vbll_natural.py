@@ -7,12 +7,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyrolora.guides import BlockCovariance, FullCovariance, LowRankPrecision, MatrixNormal, MeanField
-from pyrolora.guides.vbll import LogitMoments
+from pyrolora.guides import BlockCovariance, ClassContrasts, FullCovariance, LowRankPrecision, MatrixNormal, MeanField
+from pyrolora.guides.vbll import LogitMoments, logit_moments
 from pyrolora.inference.last_layer import HeadData
+from pyrolora.inference.vbll.contrasts import ContrastRows
 from pyrolora.inference.vbll.generative import Generative
 from pyrolora.inference.vbll.natural import GaussianRows, Whitened, optimum, standard_divergence
-from pyrolora.inference.vbll.objectives import Objective
+from pyrolora.inference.vbll.objectives import Objective, optimal_tilt, tilted_at
 from pyrolora.inference.vbll.refit import place
 from pyrolora.inference.vbll.regression import GaussianObjective, Regression
 from pyrolora.models.sites import Site
@@ -141,8 +142,6 @@ class TestSoftmax:
             pull = (mean + 0.5 * variance).softmax(-1)
             weight = pull
         else:
-            from pyrolora.inference.vbll.objectives import optimal_tilt
-
             pull = optimal_tilt(LogitMoments(mean, variance))
             weight = pull * (1 - pull)
         known = torch.nn.functional.one_hot(data.labels, 3).double()
@@ -279,3 +278,74 @@ class TestGenerative:
             Regression(noise=-1.0)
         with pytest.raises(ValueError, match=r"expected \(90, outputs\)"):
             Regression().fit(features, labels.double())
+
+
+class TestContrasts:
+    """Rows that are independent but for a shift of all of them."""
+
+    def fitted(self, data, name, classes=3, steps=400, tolerance=1e-13):
+        white = whitened(data, classes)
+        return white, *optimum(
+            data, white, complete, Objective(name), steps=steps, tolerance=tolerance, start=ContrastRows.at_prior(white)
+        )
+
+    def test_two_classes_have_the_optimum_of_one_logistic_vector(self):
+        """Its prior variance is that of a difference of two rows, and any Normal posterior of it can be had."""
+        data = softmax_data(40, 4, classes=2)
+        white, rows, loss = self.fitted(data, "gauss_hermite", classes=2)
+        one = whitened(data, 1, 2**0.5 * PRIOR_SCALE)
+
+        def identified(moments, offset):
+            pad = torch.nn.functional.pad
+            return LogitMoments(pad(moments.mean, (1, 0)), pad(moments.spread, (1, 0)))
+
+        single, expected = optimum(data, one, identified, Objective("gauss_hermite"), tolerance=1e-13, steps=400)
+        assert loss == pytest.approx(expected, abs=1e-7)
+        found, wanted = moments_of(white, rows), moments_of(one, single)
+        assert (found.mean[:, 1] - found.mean[:, 0] - wanted.mean[:, 0]).abs().max() < 1e-4
+        assert (found.variance.sum(-1) / wanted.variance[:, 0] - 1).abs().max() < 1e-4
+
+    def test_the_loss_never_rises_and_ends_below_that_of_independent_rows(self):
+        data = softmax_data()
+        losses = [
+            optimum(data, w := whitened(data, 3), complete, Objective("tilted"), steps=n, tolerance=0.0,
+                    start=ContrastRows.at_prior(w))[1]
+            for n in (1, 3, 10, 30)
+        ]  # fmt: skip
+        assert all(later <= earlier for earlier, later in pairwise(losses))
+        _, independent = optimum(data, whitened(data, 3), complete, Objective("tilted"))
+        assert losses[-1] < independent - 1
+
+    def test_the_optimum_is_stationary(self):
+        data = softmax_data(30, 6)
+        white, rows, loss = self.fitted(data, "tilted")
+        for _ in range(10):
+            nudge = 1e-3 * torch.randn_like(rows.precision)
+            for sign in (1, -1):
+                other = ContrastRows(rows.mean, rows.precision + sign * (nudge + nudge.mT))
+                moments = moments_of(white, other)
+                bound = Objective("tilted")(moments, data.labels).sum()
+                assert float(other.divergence(other.roots(white.inputs)) - bound) > loss - 1e-9
+
+    @pytest.mark.parametrize(("examples", "weights"), [(30, 5), (12, 20)])
+    def test_the_factor_holds_it_exactly(self, examples, weights):
+        """Its ELBO as a distribution over the weights, with the KL of the general mechanism, is the loss that was found."""
+        data = softmax_data(examples, weights)
+        white, rows, loss = self.fitted(data, "tilted", steps=15)
+        site = Site("head.weight", torch.Size((3, weights)), ("class", "feature"))
+        prior = dist.Normal(torch.zeros((), dtype=torch.float64), PRIOR_SCALE).expand(site.shape).to_event(2)
+        factor = ClassContrasts().factor(site, torch.zeros(site.shape, dtype=torch.float64), prior)
+        assert place(factor, white, rows)
+        with torch.no_grad():
+            q = factor.distribution()
+            moments = logit_moments(q, data.inputs)
+            # the shift's variance slows the search for the tilt down
+            tilt = optimal_tilt(moments, steps=5000)
+            bound = moments.mean.gather(1, data.labels[:, None])[:, 0] - tilted_at(moments, tilt)
+            negative_elbo = float(torch.distributions.kl_divergence(q, prior) - bound.sum())
+        assert negative_elbo == pytest.approx(loss, abs=1e-4)
+
+    def test_one_row_has_no_contrasts(self):
+        site = Site("head.weight", torch.Size((1, 4)), ("class", "feature"))
+        with pytest.raises(ValueError, match=r"needs two rows at least; 'head\.weight' has 1\. Use BlockCovariance"):
+            ClassContrasts().factor(site, torch.zeros(site.shape), dist.Normal(0.0, 1.0).expand([1, 4]).to_event(2))
