@@ -14,6 +14,7 @@ from pyrolora.guides.matrix_normal import MatrixNormal
 from pyrolora.guides.mean_field import MeanField
 from pyrolora.guides.normal_kl import kl_to_factorised_normal
 from pyrolora.guides.point import Point
+from pyrolora.guides.stiefel import StiefelNormal
 from pyrolora.guides.vbll import LogitMoments, logit_moments
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "MatrixNormal",
     "MeanField",
     "Point",
+    "StiefelNormal",
     "build_guide",
     "kl_to_factorised_normal",
     "logit_moments",

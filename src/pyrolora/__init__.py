@@ -10,6 +10,7 @@ from pyrolora.guides import (
     MatrixNormal,
     MeanField,
     Point,
+    StiefelNormal,
     build_guide,
 )
 from pyrolora.inference.engine import Engine, StepStats
@@ -98,6 +99,7 @@ __all__ = [
     "Served",
     "Site",
     "StepStats",
+    "StiefelNormal",
     "VisionBackbone",
     "build_guide",
     "compare_to_gold",
