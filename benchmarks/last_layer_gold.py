@@ -70,7 +70,7 @@ def measure(cell: dict[str, Any], folder: Path) -> dict[str, Any]:
     rows = {
         row.name: {"ratio": row.variance_ratio, "kl": row.kl, "distance": row.total_variation} for row in table.rows
     }
-    record = {key: gold.record[key] for key in ("rhat", "ess", "divergences")}
+    record = {key: gold.record[key] for key in ("rhat", "ess", "divergences")} | {"noise": table.noise}
     return {"rows": rows, "seconds": seconds, "nuts": record}
 
 
@@ -97,7 +97,8 @@ def main() -> None:
     for seed, found in enumerate(Cells(options.out).computed(cells, lambda cell: measure(cell, options.out))):
         nuts = found["nuts"]
         print(f"\nSeed {seed}. NUTS: R-hat {nuts['rhat']:.3f}, effective size {nuts['ess']:.0f}, ", end="")
-        print(f"divergences {nuts['divergences']}, {found['seconds']['NUTS']:.0f} s\n")
+        print(f"divergences {nuts['divergences']}, {found['seconds']['NUTS']:.0f} s, ", end="")
+        print(f"of each KL {nuts['noise']:.5f} is its noise\n")
         print("| posterior | variance ratio | KL from gold (nats) | total variation | fit (s) | share of NUTS |")
         print("|---|---|---|---|---|---|")
         for name, row in found["rows"].items():

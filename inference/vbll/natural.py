@@ -67,6 +67,22 @@ class Whitened:
             basis = torch.eye(columns).to(scaled)
         return Whitened(loc, first, basis, scaled @ basis, data.inputs @ loc.mT)
 
+    def moments(self, rows: "Rows", features: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the rows' products with features, ``(examples, rows)`` each.
+
+        Outside the span of the training features the weights are as the prior has them.
+
+        Shape:
+            features ``(examples, columns)``
+        """
+        scaled = self.scale * features.double()
+        inputs = scaled @ self.basis
+        outside = scaled.square().sum(-1) - inputs.square().sum(-1)
+        roots = rows.roots(self.inputs)
+        solved = torch.linalg.solve_triangular(roots, inputs.mT.expand(len(roots), -1, -1), upper=False)
+        mean = inputs @ rows.mean.mT + features.double() @ self.loc.mT
+        return mean, solved.square().sum(-2).mT + outside.clamp_min(0)[:, None]
+
 
 class Rows(Protocol):
     """Normals over the whitened rows, as `optimum` moves them."""

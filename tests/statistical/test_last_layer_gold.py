@@ -95,6 +95,8 @@ def test_tilted_and_sampled_objectives_have_the_right_width_and_jensen_has_not(b
     assert table["jensen"].variance_ratio < 0.5
     assert all(table["jensen"].kl > table[name].kl for name in right)
     assert "| tilted |" in table.to_markdown()
+    # below any posterior's KL, of the size that as many independent draws would have at least
+    assert 0.5 * (classes - 1) * 0.1 / 1000 < table.noise < 0.001
     own = compare_to_gold(gold, {"itself": gold}, model.task.test)["itself"]
     assert own.variance_ratio == pytest.approx(1.0, abs=1e-6)
     assert own.kl == pytest.approx(0.0, abs=1e-9)

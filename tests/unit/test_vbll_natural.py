@@ -12,10 +12,12 @@ from pyrolora.guides.vbll import LogitMoments, logit_moments
 from pyrolora.inference.last_layer import HeadData
 from pyrolora.inference.vbll.contrasts import ContrastRows
 from pyrolora.inference.vbll.generative import Generative
+from pyrolora.inference.vbll.heteroscedastic import HeteroscedasticObjective, HeteroscedasticRegression
 from pyrolora.inference.vbll.natural import GaussianRows, Whitened, optimum, standard_divergence
 from pyrolora.inference.vbll.objectives import Objective, optimal_tilt, tilted_at
 from pyrolora.inference.vbll.refit import place
 from pyrolora.inference.vbll.regression import GaussianObjective, Regression
+from pyrolora.inference.vbll.student import StudentRegression
 from pyrolora.models.sites import Site
 
 PRIOR_SCALE = 2.0
@@ -128,6 +130,90 @@ class TestConjugate:
         others = [Regression(PRIOR_SCALE, factor * noise).fit(data.inputs, data.labels).elbo for factor in (0.9, 1.1)]
         assert learned.elbo > max(others)
         assert noise == pytest.approx(0.3, rel=0.5)
+
+
+class TestStudent:
+    """Noise unknown: conjugate, so scipy's multivariate t is the oracle of the evidence."""
+
+    @pytest.mark.parametrize(("examples", "weights"), [(12, 4), (6, 20)])
+    def test_evidence_and_predictions_are_those_of_the_joint_student_distribution(self, examples, weights):
+        from scipy.stats import multivariate_t
+
+        inputs = torch.randn(examples + 1, weights, dtype=torch.float64)
+        targets = torch.randn(examples + 1, 2, dtype=torch.float64)
+        posterior = StudentRegression(prior_scale=0.7, shape=1.5, rate=0.4).fit(inputs[:-1], targets[:-1])
+
+        def joint(rows):
+            covariance = torch.eye(len(rows)).double() + 0.7**2 * rows @ rows.mT
+            return multivariate_t(shape=(0.4 / 1.5 * covariance).numpy(), df=3.0)
+
+        before = joint(inputs[:-1]).logpdf(targets[:-1].mT.numpy()).sum()
+        assert posterior.log_evidence == pytest.approx(before, abs=1e-9)
+        after = joint(inputs).logpdf(targets.mT.numpy()).sum()
+        assert float(posterior.predict(inputs[-1:]).log_prob(targets[-1:]).sum()) == pytest.approx(
+            after - before, abs=1e-9
+        )
+
+    def test_what_it_refuses(self):
+        with pytest.raises(ValueError, match=r"rate must be positive; got 0"):
+            StudentRegression(rate=0)
+        with pytest.raises(ValueError, match=r"do not fit 3 rows of features; expected \(3, outputs\)"):
+            StudentRegression().fit(torch.zeros(3, 2), torch.zeros(3))
+
+
+class TestHeteroscedastic:
+    def problem(self, examples=400):
+        inputs = torch.cat([torch.randn(examples, 2), torch.ones(examples, 1)], dim=1).double()
+        log_noise = -2 + inputs @ torch.tensor([1.0, 0.0, 0.0]).double()
+        mean = inputs @ torch.tensor([0.5, -1.0, 2.0]).double()
+        targets = mean + (0.5 * log_noise).exp() * torch.randn(examples, dtype=torch.float64)
+        return inputs, targets[:, None]
+
+    def test_it_finds_the_noise_that_made_the_data(self):
+        torch.manual_seed(0)
+        inputs, targets = self.problem()
+        posterior = HeteroscedasticRegression(prior_scale=2.0, noise_scale=1.0).fit(inputs, targets)
+        mean, variance = posterior.predict(inputs)
+        # an estimate from 400 squares: standard error of the slope 0.07
+        slope = torch.linalg.lstsq(inputs, variance.log()).solution[:2, 0]
+        assert (slope - torch.tensor([1.0, 0.0]).double()).abs().max() < 0.35
+        assert (mean[:, 0] - inputs @ torch.tensor([0.5, -1.0, 2.0]).double()).abs().mean() < 0.1
+        constant = Regression(prior_scale=2.0).fit(inputs, targets)
+        assert posterior.elbo > constant.elbo + 20
+
+    def test_the_objective_is_the_expectation_and_the_optimum_is_stationary(self):
+        torch.manual_seed(1)
+        objective = HeteroscedasticObjective(torch.tensor([-0.3]).double(), 0.5)
+        moments = LogitMoments(torch.tensor([[0.4, 0.8]]).double(), torch.tensor([[0.3, 0.6]]).double())
+        draws = moments.mean + moments.variance.sqrt() * torch.randn(400_000, 2, dtype=torch.float64)
+        normal = torch.distributions.Normal(draws[:, 0], (0.5 * (-0.3 + 0.5 * draws[:, 1])).exp())
+        values = normal.log_prob(torch.tensor(1.1).double())
+        found = float(objective(moments, torch.tensor([[1.1]]).double()))
+        assert abs(found - values.mean()) < 5 * values.std() / len(values) ** 0.5
+        inputs, targets = self.problem(60)
+        posterior = HeteroscedasticRegression().fit(inputs, targets)
+        rows, white = posterior.rows, posterior.white
+        for sign in (1, -1):
+            for nudge in (1e-2 * torch.randn_like(rows.mean), None):
+                other = GaussianRows(rows.mean + sign * nudge, rows.curvature) if nudge is not None else GaussianRows(
+                    rows.mean, rows.curvature * (1 + sign * 0.05 * torch.rand_like(rows.curvature)))  # fmt: skip
+                bound = posterior.objective(LogitMoments(*white.moments(other, inputs)), targets).sum()
+                assert float(bound - other.divergence(other.roots(white.inputs))) < posterior.elbo + 1e-6
+
+    def test_predictions_are_the_integral_over_the_noise(self):
+        torch.manual_seed(2)
+        inputs, targets = self.problem(30)
+        posterior = HeteroscedasticRegression(prior_scale=1.0, noise_scale=1.0).fit(inputs, targets)
+        grid = torch.linspace(-40, 40, 40_001, dtype=torch.float64)
+        density = posterior.log_prob(inputs[:1].expand(len(grid), -1), grid[:, None]).exp()[:, 0]
+        mean, variance = posterior.predict(inputs[:1])
+        step = float(grid[1] - grid[0])
+        assert float(density.sum()) * step == pytest.approx(1.0, abs=1e-6)
+        assert float((density * grid).sum()) * step == pytest.approx(float(mean), abs=1e-4)
+        second = float((density * (grid - float(mean)).square()).sum()) * step
+        assert second == pytest.approx(float(variance), rel=1e-3)
+        with pytest.raises(ValueError, match=r"noise_scale must be positive; got -1"):
+            HeteroscedasticRegression(noise_scale=-1)
 
 
 class TestSoftmax:
