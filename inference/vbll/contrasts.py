@@ -5,25 +5,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyrolora.inference.vbll.natural import Whitened
+from pyrolora.inference.vbll.natural import BlockRows, Whitened
 
 
 @dataclass(frozen=True)
-class ContrastRows:
+class ContrastRows(BlockRows):
     """The whitened posterior of `ClassContrasts`: independent rows of which only contrasts count, the rest as in the prior.
 
     With precisions A_k of the rows, the KL to the standard Normal is ``((1 - 1/C) sum tr A_k^-1 + |m - mean(m)|^2
     - (C - 1) d + sum log|A_k| - log|mean(A)|) / 2``, the last term being the shift's. Its gradient in ``A_k^-1`` vanishes,
     together with the likelihood's, where ``A_k = (1 - 1/C) I + X' diag(w_k) X + A_k (sum A)^-1 A_k``, and going from A_k
     towards the right-hand side lowers the loss.
-
-    Attributes:
-        mean: ``(rows, span)``; its mean over rows is the prior's.
-        precision: A_k, ``(rows, span, span)``.
     """
-
-    mean: Tensor
-    precision: Tensor
 
     @staticmethod
     def at_prior(white: Whitened) -> "ContrastRows":
@@ -32,26 +25,20 @@ class ContrastRows:
         eye = torch.eye(span).to(white.inputs)
         return ContrastRows(white.inputs.new_zeros(rows, span), eye.expand(rows, span, span))
 
-    def roots(self, inputs: Tensor) -> Tensor:
-        """See `Rows.roots`."""
-        return torch.linalg.cholesky(self.precision)
-
     def divergence(self, roots: Tensor) -> Tensor:
         """See `Rows.divergence`."""
         count, span = self.mean.shape
         trace = torch.cholesky_inverse(roots).diagonal(dim1=-2, dim2=-1).sum()
         log_precision = 2 * roots.diagonal(dim1=-2, dim2=-1).log().sum()
         log_mean = 2 * torch.linalg.cholesky(self.precision.mean(0)).diagonal().log().sum()
-        misfit = (self.mean - self.mean.mean(0)).square().sum()
+        misfit = self.counted(self.mean).square().sum()
         return 0.5 * ((1 - 1 / count) * trace + misfit - (count - 1) * span + log_precision - log_mean)
 
-    def moved(self, inputs: Tensor, slope: Tensor, curvature: Tensor, length: float) -> "ContrastRows":
-        """See `Rows.moved`."""
-        count, span = self.mean.shape
+    def target(self, seen: Tensor) -> Tensor:
+        """See `BlockRows.target`."""
         shared = torch.cholesky_solve(self.precision, torch.linalg.cholesky(self.precision.sum(0)))
-        seen = inputs.mT @ (curvature.mT[..., None] * inputs)
-        target = (1 - 1 / count) * torch.eye(span).to(inputs) + seen + self.precision @ shared
-        precision = torch.lerp(self.precision, 0.5 * (target + target.mT), length)
-        pull = slope.mT @ inputs - (self.mean - self.mean.mean(0))
-        change = torch.cholesky_solve(pull[..., None], torch.linalg.cholesky(precision))[..., 0]
-        return ContrastRows(self.mean + length * (change - change.mean(0)), precision)
+        return (1 - 1 / len(self.mean)) * torch.eye(seen.shape[-1]).to(seen) + seen + self.precision @ shared
+
+    def counted(self, rows: Tensor) -> Tensor:
+        """See `BlockRows.counted`: without the rows' mean."""
+        return rows - rows.mean(0)

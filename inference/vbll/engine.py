@@ -27,6 +27,7 @@ from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import EncodedSplit, Split
 
 MODES = ("alternating", "joint")
+HEAD_STEPS = ("adam", "natural")
 REFITS = (*OBJECTIVES, "laplace", "none")
 # bounds that depend on the variance of a shift of all logits
 SHIFTED = ("jensen", "bouchard", "tightest")
@@ -62,6 +63,9 @@ class VBLL(SVI):
         mode: ``"alternating"`` or ``"joint"``.
         head_learning_rate: Adam's rate for the mean of ``head.weight``, in units of its prior's standard deviation.
         head_steps: head steps for every step of the rest, in alternating mode.
+        head_step: ``"adam"``, or ``"natural"`` for natural gradients, which need no learning rate in the weights' own units
+            (alternating mode, `BlockCovariance` or `ClassContrasts`).
+        natural_rate: length of a natural-gradient step: about one over the number of batches that it averages.
         objective_draws: logit draws of ``"mc"``.
         warm_start: fit the head to the network as it starts before the first step.
         feature_folder: where features of refit and post-training are kept; None keeps none.
@@ -79,6 +83,8 @@ class VBLL(SVI):
     mode: str = field(default="alternating", metadata={"help": ", ".join(MODES)})
     head_learning_rate: float = field(default=0.02, metadata={"help": "rate of the head's mean, in prior deviations"})
     head_steps: int = field(default=5, metadata={"help": "head steps for every step of the rest"})
+    head_step: str = field(default="adam", metadata={"help": ", ".join(HEAD_STEPS)})
+    natural_rate: float = field(default=0.1, metadata={"help": "length of a natural-gradient step of the head"})
     objective_draws: int = field(default=32, metadata={"help": "logit draws of the mc objective"})
     warm_start: bool = field(default=True, metadata={"help": "fit the head before the first step"})
     feature_folder: str | None = field(default=None, metadata={"help": "where features are kept"})
@@ -94,7 +100,7 @@ class VBLL(SVI):
         if self.guide is not None:
             by_pattern(self.guide)
         Objective(self.objective)
-        for name, valid in (("refit", REFITS), ("mode", MODES)):
+        for name, valid in (("refit", REFITS), ("mode", MODES), ("head_step", HEAD_STEPS)):
             value = getattr(self, name)
             if value not in valid:
                 raise ValueError(
@@ -107,6 +113,12 @@ class VBLL(SVI):
             )
         if not self.head_learning_rate > 0:
             raise ValueError(f"head_learning_rate must be positive; got {self.head_learning_rate}. Try 0.02.")
+        if self.head_step == "natural" and self.mode == "joint":
+            raise ValueError(
+                "head_step='natural' takes the head's steps apart from the rest's. Use mode='alternating'."
+            )
+        if not 0 < self.natural_rate <= 1:
+            raise ValueError(f"natural_rate is a length above 0 and at most 1; got {self.natural_rate}. Try 0.1.")
         for name in ("head_steps", "objective_draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")

@@ -50,14 +50,7 @@ class Whitened:
         Raises:
             ValueError: several standard deviations, or one that is not positive.
         """
-        first = float(scale.flatten()[0])
-        if not bool((scale == scale.flatten()[0]).all()):
-            raise ValueError(
-                "The prior of head.weight has several standard deviations; this engine needs one for all weights. Declare "
-                "logit_scale(2.0) or dist.Normal(0., 0.1) there."
-            )
-        if not first > 0:
-            raise ValueError(f"The prior scale of head.weight must be positive; got {first}. Try logit_scale(2.0).")
+        first = isotropic_scale(scale)
         loc, scaled = loc.to(data.inputs), first * data.inputs
         examples, columns = scaled.shape
         if examples < columns:
@@ -82,6 +75,23 @@ class Whitened:
         solved = torch.linalg.solve_triangular(roots, inputs.mT.expand(len(roots), -1, -1), upper=False)
         mean = inputs @ rows.mean.mT + features.double() @ self.loc.mT
         return mean, solved.square().sum(-2).mT + outside.clamp_min(0)[:, None]
+
+
+def isotropic_scale(scale: Tensor) -> float:
+    """The one standard deviation of all weights.
+
+    Raises:
+        ValueError: several, or one that is not positive.
+    """
+    first = float(scale.flatten()[0])
+    if not bool((scale == scale.flatten()[0]).all()):
+        raise ValueError(
+            "The prior of head.weight has several standard deviations; this engine needs one for all weights. Declare "
+            "logit_scale(2.0) or dist.Normal(0., 0.1) there."
+        )
+    if not first > 0:
+        raise ValueError(f"The prior scale of head.weight must be positive; got {first}. Try logit_scale(2.0).")
+    return first
 
 
 class Rows(Protocol):
@@ -142,6 +152,43 @@ class GaussianRows:
         pull = (slope.mT @ inputs - self.mean)[..., None]
         change = torch.cholesky_solve(pull, moved.roots(inputs))[..., 0]
         return GaussianRows(self.mean + length * change, moved.curvature)
+
+
+@dataclass(frozen=True)
+class BlockRows:
+    """Independent Normals over the whitened rows with dense precisions, which outlive the batch that they were moved by.
+
+    Attributes:
+        mean: ``(rows, span)``.
+        precision: ``(rows, span, span)``.
+    """
+
+    mean: Tensor
+    precision: Tensor
+
+    def roots(self, inputs: Tensor) -> Tensor:
+        """See `Rows.roots`."""
+        return torch.linalg.cholesky(self.precision)
+
+    def divergence(self, roots: Tensor) -> Tensor:
+        """See `Rows.divergence`."""
+        return standard_divergence(self.mean, roots)
+
+    def target(self, seen: Tensor) -> Tensor:
+        """The precisions at which the gradient vanishes, given those that the data add."""
+        return torch.eye(seen.shape[-1]).to(seen) + seen
+
+    def counted(self, rows: Tensor) -> Tensor:
+        """The part of a change of the mean that counts."""
+        return rows
+
+    def moved(self, inputs: Tensor, slope: Tensor, curvature: Tensor, length: float) -> "BlockRows":
+        """See `Rows.moved`: the precision towards its target, the mean preconditioned by the new one."""
+        target = self.target(inputs.mT @ (curvature.mT[..., None] * inputs))
+        precision = torch.lerp(self.precision, 0.5 * (target + target.mT), length)
+        pull = slope.mT @ inputs - self.counted(self.mean)
+        change = torch.cholesky_solve(pull[..., None], torch.linalg.cholesky(precision))[..., 0]
+        return type(self)(self.mean + length * self.counted(change), precision)
 
 
 @dataclass(frozen=True)
