@@ -163,14 +163,14 @@ class _InverseRoot(torch.autograd.Function):
     """``G^(-1/2)`` of symmetric positive definite matrices, differentiable where eigenvalues coincide."""
 
     @staticmethod
-    def forward(ctx: Any, gram: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, gram: Tensor) -> Tensor:
         values, vectors = torch.linalg.eigh(gram)
         roots = values.sqrt()
         ctx.save_for_backward(roots, vectors)
         return (vectors / roots[..., None, :]) @ vectors.mT
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         roots, vectors = ctx.saved_tensors
         # from T G T = I: dT = -sum over pairs of eigenvectors, each over s_i s_j (s_i + s_j)
         first, second = roots[..., :, None], roots[..., None, :]
