@@ -71,6 +71,7 @@ class GuideAdam:
         self._take_step = replace(manifold_step or RiemannianStep(()), parameters=self._points())
         self._resting: dict[Part, dict[str, Tensor]] = {}
         self._interval: int | None = None
+        self._factors = {} if plan is None else plan.gradient_factors()
         self.entries: Entries | None = None
         self.peak_state_bytes = 0
 
@@ -148,8 +149,11 @@ class GuideAdam:
         for (position, entry), tensor in self._tensors.items():
             if entry is not None:
                 gradient = self.parameters[position].grad
-                tensor.grad = None if gradient is None else gradient[entry]
+                tensor.grad = None if gradient is None else gradient[entry] * self._factor(position, entry)
         return [tensor.grad for tensor in self._tensors.values() if tensor.grad is not None]
+
+    def _factor(self, position: int, entry: int) -> float:
+        return self._factors.get(self._sites[position] or "", {}).get(entry, 1.0)
 
     def step(self, factor: float) -> None:
         """One step of Adam along `gradients`, on manifolds a Riemannian one, with the peak rates times a factor."""

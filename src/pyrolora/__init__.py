@@ -3,12 +3,14 @@
 from pyrolora.guides import (
     BLoB,
     BlockCovariance,
+    ClassContrasts,
     FullCovariance,
     LowRank,
     LowRankPrecision,
     MatrixNormal,
     MeanField,
     Point,
+    StiefelNormal,
     build_guide,
 )
 from pyrolora.inference.engine import Engine, StepStats
@@ -65,6 +67,7 @@ __all__ = [
     "BayesianModel",
     "BlockCovariance",
     "BlockSchedule",
+    "ClassContrasts",
     "CorDA",
     "Covariance",
     "Engine",
@@ -98,6 +101,7 @@ __all__ = [
     "Served",
     "Site",
     "StepStats",
+    "StiefelNormal",
     "VisionBackbone",
     "build_guide",
     "compare_to_gold",
