@@ -151,6 +151,9 @@ def main() -> None:
     parser.add_argument("--methods", help="separated by commas; all by default")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
+    if options.generate and not options.model:
+        # "i1" stands in "i17" too: only titles tell which candidate an answer names
+        parser.error("--generate needs a language model: give --model and --task next_item or next_item_hybrid")
     data = options.out / "windows"
     if not (data / SETTINGS).is_file():
         preparation = Preparation(epochs=options.epochs)
@@ -173,6 +176,8 @@ def main() -> None:
         methods=names,
         dtype="auto" if options.model else "float32",
         device=options.device,
+        # ten titles and twenty candidates, twice where they are also options
+        max_length=600,
         train_size=options.train_size,
         seeds=options.seeds,
         draws=options.draws,

@@ -420,7 +420,8 @@ class BayesianModel:
 
         A context of no dimension, such as how far training is, is one for all rows.
         """
-        kept = {key: batch[key] for key in (*ROW_KEYS, *self.context_keys) if key in batch}
+        # what gates read is made once, not once a draw
+        kept = {key: batch[key] for key in ROW_KEYS if key in batch} | self._context(batch)
         return {
             key: value.repeat(draws, *[1] * (value.dim() - 1)) if value.dim() else value for key, value in kept.items()
         }

@@ -158,7 +158,8 @@ class Cell:
             declared(text, Adapter.registered, "adapter")
             for text in (method.adapter or self.config.adapter, *method.adapters)
         ]
-        return BayesianModel(backbone, data, adapter=adapters, prior=declared_prior(method.prior))
+        prior = declared_prior(method.prior)
+        return BayesianModel(backbone, data, adapter=adapters, prior=prior, max_length=self.config.max_length)
 
     def posterior(self, backbone: Backbone, data: Task, fitted: dict[str, Posterior], progress: bool) -> Posterior:
         """The fitted posterior, read from the folder if it was kept, else fitted and kept.

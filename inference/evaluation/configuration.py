@@ -44,6 +44,7 @@ class ExperimentConfig:
         schedule: declaration of the blocks that MAP and SVI train when, such as ``"BlockSchedule(active=2)"``; None for all.
         dtype: type of the frozen weights; ``"auto"`` takes bfloat16 where the device multiplies it in hardware.
         device: where the network runs.
+        max_length: longest prompt in tokens; longer ones lose their beginning.
         train_size: training examples; None for all.
         seeds: number of seeds, 0 to seeds - 1; each has its own training subset, start, order and draws.
         draws: weight draws of a prediction.
@@ -65,6 +66,7 @@ class ExperimentConfig:
     schedule: str | None = field(default=None, metadata={"help": "which blocks are trained when; None for all"})
     dtype: str = field(default="auto", metadata={"help": "type of the frozen weights"})
     device: str = field(default="cpu", metadata={"help": "where the network runs"})
+    max_length: int = field(default=300, metadata={"help": "longest prompt in tokens"})
     train_size: int | None = field(default=None, metadata={"help": "training examples; all by default"})
     seeds: int = field(default=1, metadata={"help": "number of seeds"})
     draws: int = field(default=10, metadata={"help": "weight draws of a prediction"})
@@ -88,7 +90,7 @@ class ExperimentConfig:
             raise ValueError(f"No method to compare. Choose some of {', '.join(METHODS)}.")
         if len(set(self.methods)) < len(self.methods):
             raise ValueError(f"A method is named twice in {', '.join(self.methods)}. Name each once.")
-        for name in ("seeds", "draws", "ood_size", "train_size", "test_size"):
+        for name in ("seeds", "draws", "ood_size", "train_size", "test_size", "max_length"):
             value = getattr(self, name)
             if value is None and name in ("train_size", "test_size"):
                 continue

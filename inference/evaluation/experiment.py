@@ -230,7 +230,9 @@ def _check_claim(out: Path, config: ExperimentConfig) -> dict[str, Any]:
         return {}
     stored = yaml.load(path.read_text(), Loader=Loader)
     resolved = json.loads(json.dumps(config.to_dict()))
-    pairs = [(key, stored.get(key), value) for key, value in resolved.items() if key not in GROWING]
+    # a folder that is older than a setting was made with what is now its default
+    defaults = vars(ExperimentConfig)
+    pairs = [(key, stored.get(key, defaults.get(key)), value) for key, value in resolved.items() if key not in GROWING]
     for name, settings in stored["settings"].items():
         asked = resolved["settings"].get(name, settings)
         pairs += [(f"{name}.{key}", settings.get(key), asked.get(key)) for key in {**settings, **asked}]

@@ -17,10 +17,12 @@ from pyrolora.inference.svi import SVI
 from pyrolora.models.adapters import LastLayer, LoRA, MixtureLoRA
 from pyrolora.models.adapters.gated import LowRankDelta, over_rank
 from pyrolora.models.backbones import Backbone
+from pyrolora.models.priors import Flat
 from pyrolora.models.serving import merged
 from pyrolora.models.tasks import Example, Split
 
 RANK, ALPHA, K, D = 4, 6.0, 2, 5
+WORDS = ["red", "green", "river", "house", "sun", "snow", "fire"]
 PATH = "model.layers.1.self_attn.q_proj"
 IDS = torch.tensor([[5, 9, 23, 4], [7, 7, 30, 11], [12, 3, 8, 40]])
 
@@ -405,6 +407,32 @@ class TestFitting:
         kept = Posterior.from_pretrained(posterior.save_pretrained(tmp_path / "kept"), model=model)
         assert torch.equal(kept.mean()["gate.weight"], posterior.mean()["gate.weight"])
         assert not (tmp_path / "kept" / "adapter_config.json").exists()
+
+    def test_it_learns_what_only_the_gate_is_told(self, three_topics_model):
+        """Labels that no text tells, and z does: chance is 1/3, and 120 labels differ from it by 0.13 once in a thousand."""
+
+        def told(rows, key):
+            generator = torch.Generator().manual_seed(rows)
+            centres = 3 * torch.eye(3, D)
+            examples = []
+            for row in range(rows):
+                noise = torch.randn(2, D, generator=generator)
+                text = f"the {WORDS[int(torch.randint(len(WORDS), (1,), generator=generator))]}"
+                vectors = {"sequence": centres[row % 3] + 0.3 * noise[0], "random_sequence": noise[1]}
+                examples.append(Example({"text": text}, row % 3, id=f"{key}/{row}", vectors=vectors))
+            return Split(key, "told", tuple(examples), 3)
+
+        found = {}
+        for read in ("sequence", "random_sequence"):
+            adapter = adapter_of(rank=6, experts=3, gate_input=read, targets=("down_proj",), layers=(2,))
+            model = three_topics_model(adapter=adapter, prior=Flat(), dtype=torch.float32)
+            fitted = MAP(steps=100, batch_size=24, learning_rate=3e-2).fit(model, told(240, "train"), progress=False)
+            test = told(120, "test")
+            probs = fitted.predict(test).mean_probs
+            labels = torch.tensor([example.label for example in test])
+            found[read] = float((probs.argmax(-1) == labels).float().mean())
+        assert found["sequence"] > 0.9
+        assert found["random_sequence"] < 0.5
 
     @pytest.mark.parametrize("structure", ["diag", "kron", "full"])
     def test_laplace_of_the_gate_alone(self, make, structure):
