@@ -178,6 +178,21 @@ class TestRouter:
         assert calls.count("qkv.lora_A") == len(model.backbone.blocks)
         assert calls.count("k_proj.lora_B") == len(model.backbone.blocks)
 
+    def test_one_a_takes_another_tensor_for_what_it_is(self, model):
+        draw = random_draw(model)
+        deltas, site = model.deltas(draw), model.sites["k_proj.lora_B"]
+        first, second = torch.randn(2, 1, 4, 16, dtype=torch.float64)
+        deltas[model.sites["q_proj.lora_B"].modules[0]](first)
+        expected = second @ draw["qkv.lora_A"][0].T @ draw[site.name][0].T
+        torch.testing.assert_close(deltas[site.modules[0]](second), expected)
+        # without a graph, and then with one
+        down = draw["qkv.lora_A"].requires_grad_()
+        deltas = model.deltas(draw)
+        with torch.no_grad():
+            deltas[model.sites["q_proj.lora_B"].modules[0]](first)
+        (slope,) = torch.autograd.grad(deltas[site.modules[0]](first).sum(), down)
+        assert slope.abs().max() > 0
+
 
 class TestFading:
     def gap(self, model, draw, fade):
@@ -252,6 +267,22 @@ class TestFading:
         with pytest.raises(ValueError, match="25% through its training, and its router has not faded"):
             Laplace().fit(model, model.task.train, estimate=early, progress=False)
         assert run.posterior().context == {}
+
+    def test_every_kind_of_prediction_takes_an_unfinished_fit(self, model):
+        run = SVI(guide=BLoB(), steps=8, learning_rate=0.1).iterate(model, model.task.train)
+        # two steps, because B is still zero after one, and logits without variance are no case for the closed forms
+        early = next(run.posterior() for stats in run if stats.step == 2)
+        assert early.context["progress"] == 0.25
+        for kind in early.kinds:
+            found = early.predict(model.task.test, draws=2, kind=kind, generator=torch.Generator().manual_seed(0))
+            assert found.log_likelihood.isfinite().all()
+
+    def test_bfloat16_runs_with_its_router(self, three_shapes_model):
+        model = three_shapes_model(torch.bfloat16, adapter=[ADAPTER, LastLayer()])
+        draw = {name: value.float() for name, value in random_draw(model).items()}
+        logits = model.row_logits(at(model, 0.2), draw)
+        assert logits.dtype == torch.float32
+        assert logits.isfinite().all()
 
     def test_weights_cannot_hold_a_router(self, model):
         draw = random_draw(model)
