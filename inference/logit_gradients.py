@@ -177,6 +177,9 @@ def require_linear(model: BayesianModel, names: Iterable[str]) -> None:
 
 
 def split_batch(batch: Mapping[str, Tensor], rows: int) -> list[dict[str, Tensor]]:
-    """A batch in parts of at most ``rows`` rows."""
+    """A batch in parts of at most ``rows`` rows; what is one for all rows, such as how far training is, goes with each."""
     total = row_count(batch)
-    return [{key: value[i : i + rows] for key, value in batch.items()} for i in range(0, total, rows)]
+    return [
+        {key: value[i : i + rows] if value.dim() else value for key, value in batch.items()}
+        for i in range(0, total, rows)
+    ]

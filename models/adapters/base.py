@@ -34,6 +34,8 @@ class Adapter(ABC):
     registered: ClassVar[dict[str, type["Adapter"]]] = {}
     # whether `deltas` map every position by itself, so that the last block may run at the answer alone
     by_position: ClassVar[bool] = False
+    # whether `constants` look at the task's examples; those that do not are made once for a backbone
+    reads_examples: ClassVar[bool] = True
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

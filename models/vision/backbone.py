@@ -120,7 +120,7 @@ class VisionBackbone(Backbone):
         return torch.ones(images.shape[0], patches[0] * patches[1] + beside, dtype=torch.int64, device=images.device)
 
     def features(self, batch: Mapping[str, Tensor], *, trunk: Tensor | None = None, first_block: int = 0) -> Tensor:
-        """Hidden state of the class token after the last norm.
+        """Hidden state of the class token after the last norm; the last block runs for it alone, as `Backbone.features` says.
 
         Args:
             batch: ``pixel_values``, ``(rows, channels, height, width)`` in [0, 1].
@@ -133,7 +133,8 @@ class VisionBackbone(Backbone):
         Raises:
             ValueError: images of a wrong shape, type or range.
         """
-        return self.hidden_states(batch, trunk=trunk, first_block=first_block)[:, 0]
+        first = torch.zeros(batch["pixel_values"].shape[0], dtype=torch.int64, device=self.device)
+        return self._features_at(first, batch, trunk, first_block)
 
     def label_weight(self, label_ids: Tensor | None = None) -> Tensor:
         """Zeros: classes of images have no words that the network knew before.
@@ -146,6 +147,9 @@ class VisionBackbone(Backbone):
 
     def _blank(self, size: int) -> dict[str, Tensor]:
         return {"pixel_values": torch.zeros(1, self.channels, size, size)}
+
+    def _traced_input(self) -> dict[str, Any]:
+        return self._smallest_input()
 
     def _smallest_input(self) -> dict[str, Any]:
         return self._inputs(self._blank(self.patch_size))
