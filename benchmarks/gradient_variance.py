@@ -156,9 +156,7 @@ def main() -> None:
         return fit(arguments, cell["scope"], cell["seed"])
 
     results = (
-        [cells.result(identity) for identity in identities]
-        if arguments.tables
-        else cells.computed(identities, compute)
+        [cells.result(identity) for identity in identities] if arguments.tables else cells.computed(identities, compute)
     )
     found = {key: result for key, result in zip(keys, results, strict=True) if result is not None}
     of_seeds = [result for (scope, _), result in found.items() if scope is None]
