@@ -174,7 +174,7 @@ class Guide(PyroModule):
         from pyrolora.guides.samplers import draws_of, require_sampler
 
         require_sampler(sampler)
-        with SeededBy(generator, self._devices()):
+        with SeededBy(generator, self.devices()):
             # a view of a point's parameter asks for gradients even when it is made without them
             return {name: draws_of(factor.distribution(), draws, sampler).detach() for name, factor in self.items()}
 
@@ -209,7 +209,8 @@ class Guide(PyroModule):
                 groups[factor.roles[name]].append(parameter)
         return groups
 
-    def _devices(self) -> list[torch.device]:
+    def devices(self) -> list[torch.device]:
+        """GPUs that hold parameters, whose random state draws come from."""
         return sorted({p.device for p in self.parameters() if p.device.type == "cuda"}, key=str)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyrolora.guides.base import Family, Guide, GuideSpecification, SeededBy, by_pattern
 from pyrolora.guides.point import Point
@@ -74,7 +75,8 @@ def _check_start(start: Mapping[str, Tensor], model: BayesianModel) -> None:
 def resolve(specification: GuideSpecification, sites: SiteTable) -> dict[str, Family]:
     """One family for every site, in program order.
 
-    A single family is meant for the real sites; sites on a manifold are points unless a pattern names them.
+    A single family is meant for sites without a prior of their own; those with one, on a manifold say, are points unless a
+    pattern names them.
 
     Args:
         specification: a family, or ``{glob pattern: family}``.
@@ -87,7 +89,7 @@ def resolve(specification: GuideSpecification, sites: SiteTable) -> dict[str, Fa
     points: dict[str, Family] = {name: Point() for name, site in sites.items() if site.prior is not None}
     families: dict[str, Family] = sites.assign(by_pattern(specification), "guide", points)
     for name, family in families.items():
-        if name in points and not family.on_manifolds:
+        if name in points and sites[name].support is not constraints.real and not family.on_manifolds:
             able = [kind.__name__ for kind in Family.registered.values() if kind.on_manifolds]
             raise ValueError(
                 f"{type(family).__name__} is a posterior over real numbers, and {name!r} lives on {sites[name].support}. "

@@ -35,6 +35,8 @@ def write(run: "TrainingRun", folder: str | Path) -> None:
         tensors.update(run.widths.state_tensors())
     tensors.update({f"average.{index}": value for index, value in enumerate(run.averages)})
     tensors.update({f"prior.{name}": scale for name, scale in run.model.prior.scales.items()})
+    if run.bank is not None:
+        tensors.update(run.bank.state_tensors())
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     about = {
         "step": run.step,
@@ -80,6 +82,8 @@ def restore(run: "TrainingRun", folder: str | Path) -> None:
             run.averages.append(average.to(parameter.device))
     for name, scale in run.model.prior.scales.items():
         scale.copy_(tensors[f"prior.{name}"].to(scale))
+    if run.bank is not None:
+        run.bank.load_state(tensors)
     run.step = about["step"]
     run.history = [StepStats(**stats) for stats in about["history"]]
 

@@ -9,10 +9,12 @@ from pyrolora.models.tasks import EncodedSplit
 
 
 def data_digest(data: EncodedSplit) -> str:
-    """Number of rows, and a hash of all tokens and labels."""
+    """Number of rows, and a hash of all tokens, labels and vectors."""
     digest = hashlib.sha256(repr((data.label_ids, data.labels.tolist())).encode())
     for row in data.rows:
         digest.update(repr(row).encode())
+    if data.vectors:
+        digest.update(tensor_digest(data.vectors).encode())
     return f"{len(data)}:{digest.hexdigest()[:16]}"
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyrolora.inference.digests import data_digest, tensor_digest
+from pyrolora.models.adapters.last_layer import HEAD
 from pyrolora.models.atomic import replacing
-from pyrolora.models.backbones import cache_folder
+from pyrolora.models.cache import cache_folder
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import EncodedSplit, Split
 
@@ -99,7 +100,7 @@ class FeatureCache:
 
 def feature_identity(model: BayesianModel, draw: Mapping[str, Tensor], data: EncodedSplit) -> dict[str, str]:
     """What features depend on: network, float type, adapters with their weights and constants, and data, as short texts."""
-    inside = {site.name: draw[site.name] for site in model.adapter_sites.values() if site.modules}
+    inside = {name: draw[name] for name in model.adapter_sites if name != HEAD}
     weights = tensor_digest({**model.constants, **inside})
     adapters = [adapter.to_dict() for adapter in model.adapters if adapter.to_dict()["adapter"] != "LastLayer"]
     return {

@@ -9,6 +9,7 @@ from torch import Tensor
 from pyrolora.models.adapters.base import LinearTape
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.sites import Site
+from pyrolora.models.tasks import row_count
 
 # elements of Jacobians alive at once (float32: 256 MB)
 JACOBIAN_ELEMENTS = 2**26
@@ -114,7 +115,7 @@ class LogitGradients:
         columns = cotangents(logits.detach())
         # minus infinity marks options that a row lacks: they take no part
         columns = torch.where(logits.isfinite(), columns, 0)
-        mask = batch["attention_mask"].to(logits.device)
+        mask = self.model.backbone.token_mask(batch).to(logits.device)
         return logits.detach(), self._backwards(logits, columns, tape, mask)
 
     def _backwards(self, logits: Tensor, columns: Tensor, tape: LinearTape, mask: Tensor) -> Iterator[Products]:
@@ -176,5 +177,5 @@ def require_linear(model: BayesianModel, names: Iterable[str]) -> None:
 
 def split_batch(batch: Mapping[str, Tensor], rows: int) -> list[dict[str, Tensor]]:
     """A batch in parts of at most ``rows`` rows."""
-    total = batch["input_ids"].shape[0]
+    total = row_count(batch)
     return [{key: value[i : i + rows] for key, value in batch.items()} for i in range(0, total, rows)]

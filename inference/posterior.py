@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyrolora.guides.base import Guide
+from pyrolora.guides.base import Guide, SeededBy
 from pyrolora.guides.samplers import require_sampler
 from pyrolora.inference.last_layer import LastLayerHead, only_random_in_the_head
 from pyrolora.inference.linearised import Linearised, normal_sites
@@ -25,10 +25,11 @@ from pyrolora.inference.predictive import (
     monte_carlo_error,
 )
 from pyrolora.inference.token_noise import TokenNoise, token_methods
+from pyrolora.models.adapters.base import PROGRESS
 from pyrolora.models.adapters.last_layer import HEAD
 from pyrolora.models.naming import nearest
 from pyrolora.models.program import BayesianModel
-from pyrolora.models.tasks import EncodedSplit, Split
+from pyrolora.models.tasks import EncodedSplit, Split, row_count
 from pyrolora.models.trunk import TrunkCache
 
 # every kind of prediction that some posterior has
@@ -78,6 +79,18 @@ class Posterior:
     def logit_temperature(self) -> float:
         """What the logits of every draw are divided by in prediction; 1 unless `temperature_scaled` set it."""
         return float(self.record.get("logit_temperature", 1.0))
+
+    @property
+    def progress(self) -> float:
+        """Share of its training that was done, from 0 to 1."""
+        done, steps = self.record.get("steps_done"), self.record.get("steps")
+        return done / steps if done is not None and steps else 1.0
+
+    @property
+    def context(self) -> dict[str, Tensor]:
+        """What gates that fade must know of an unfinished fit, as entries of a batch; nothing for a finished one."""
+        fading = self.progress < 1 and PROGRESS in self.model.context_keys
+        return {PROGRESS: torch.tensor(self.progress)} if fading else {}
 
     def sample(
         self, draws: int, *, generator: torch.Generator | None = None, sampler: str = "independent"
@@ -152,7 +165,7 @@ class Posterior:
                 f"A tolerance must be positive and needs kind='mc'; got {tolerance} with kind={kind!r}. Try 0.005."
             )
         if isinstance(data, Mapping):
-            rows = data["input_ids"].shape[0]
+            rows = row_count(data)
             batches: list[Batch] = [{**data, "index": torch.arange(rows)}]
             labels = data.get("labels")
         else:
@@ -164,9 +177,14 @@ class Posterior:
         while taken < draws:
             parts: list[tuple[Tensor, RowPrediction]] = []
             predict_batch = self._predictor(kind, min(wanted, draws - taken), generator, sampler)
+            # what adapters draw for single rows comes from torch's global state
+            local = None
+            if self.model.draws_locally and generator is not None:
+                local = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
             for batch in tqdm(batches, desc="predict", disable=not progress, leave=False):
-                whole = trunks.attach(batch) if "trunk" not in batch else batch
-                made = predict_batch(whole)
+                whole = {**(trunks.attach(batch) if "trunk" not in batch else batch), **self.context}
+                with SeededBy(local, self.guide.devices()):
+                    made = predict_batch(whole)
                 made = made if isinstance(made, RowPrediction) else RowPrediction(made)
                 parts.append((batch["index"], made.tempered(self.logit_temperature)))
             found.append(gather_rows(parts, None if labels is None else labels.cpu(), kind))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyrolora.models.program import BayesianModel
-from pyrolora.models.tasks import EncodedSplit, Split
+from pyrolora.models.tasks import EncodedSplit, Split, row_count
 
 Batch = Mapping[str, Tensor]
 
@@ -131,10 +131,11 @@ def logits_of_draws(model: BayesianModel, batch: Batch, draw: Mapping[str, Tenso
     """
     if model.first_block > 0 and "trunk" not in batch:
         batch = {**batch, "trunk": model.backbone.trunk(batch, model.first_block)}
-    at_once = max(1, ROWS_AT_ONCE // batch["input_ids"].shape[0])
+    at_once = max(1, ROWS_AT_ONCE // row_count(batch))
     chunks = []
     for first in range(0, draws, at_once):
-        chunks.append(model.logits(batch, {name: value[first : first + at_once] for name, value in draw.items()}))
+        part = {name: value[first : first + at_once] for name, value in draw.items()}
+        chunks.append(model.logits(batch, part, local=True))
     return torch.cat(chunks)
 
 

@@ -70,7 +70,7 @@ class ReleasedBLoB(SVI):
     def __post_init__(self) -> None:
         super().__post_init__()
         fixed = {"kl_weight": 1.0, "particles": 1, "noise": "flipout", "max_grad_norm": None, "average": 0.0}
-        for name, value in {**fixed, "schedule": None, "width": "gradient"}.items():
+        for name, value in {**fixed, "schedule": None, "width": "gradient", "retaining": None}.items():
             if getattr(self, name) != value:
                 raise ValueError(
                     f"The released algorithm has no {name} but {value!r}; got {getattr(self, name)!r}. Use SVI(guide=BLoB())."

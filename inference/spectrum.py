@@ -94,7 +94,8 @@ def change_spectra(model: BayesianModel, draw: Mapping[str, Tensor]) -> dict[str
         draw: site name -> ``(draws, *site.shape)``, or the site's shape for a single draw.
 
     Returns:
-        Last part of the projections' names -> spectrum; empty if no adapter changes a projection.
+        Last part of the projections' names -> spectrum; empty if no adapter changes a projection. Adapters whose change
+        depends on the row (`Adapter.context_keys`) are left out.
 
     Halko, Martinsson and Tropp 2011, "Finding structure with randomness", algorithm 4.1 with as many samples as rank.
     """
@@ -109,6 +110,9 @@ def change_spectra(model: BayesianModel, draw: Mapping[str, Tensor]) -> dict[str
     }
     found: dict[str, dict[int, Tensor]] = {}
     for adapter in model.adapters:
+        if adapter.context_keys:
+            # a change that is another one for every row has no spectrum
+            continue
         sites = [site for site in adapter.sites(model.backbone, model.classes) if site.modules and site.linear]
         for module, delta in adapter.deltas(sites, {**model.constants, **grouped}).items():
             layer, _ = blocks[module]

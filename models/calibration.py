@@ -1,7 +1,7 @@
 """Text on which an adapter looks at the network before anything is fitted."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,11 +24,13 @@ class Calibration:
         batches: ``batches(samples, seed)`` gives that many training examples, drawn by the seed, in batches.
         loss: mean negative log-likelihood of a batch under the frozen network, nats; it keeps its graph.
         label_ids: token of each class; empty where options are scored.
+        tables: tensors that all examples share; see `Task`.
     """
 
     batches: Callable[[int, int], Iterator[Batch]]
     loss: Callable[[Batch], Tensor]
     label_ids: tuple[int, ...] = ()
+    tables: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def calibration_batches(

@@ -2,6 +2,7 @@
 
 import pyro
 import pyro.distributions as dist
+import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
@@ -30,3 +31,24 @@ def observe(likelihood: TorchDistribution, labels: Tensor | None, index: Tensor 
     rows = likelihood.batch_shape[0]
     with pyro.plate("data", size=max(num_data, rows), subsample_size=rows, subsample=index, dim=-1):
         return pyro.sample("label", likelihood, obs=labels)
+
+
+def mixed_logits(logits: Tensor, mixing: Tensor) -> Tensor:
+    """Log class probabilities of rows whose discrete latent is summed out: ``log sum_k exp(mixing_k) softmax(logits_k)``.
+
+    What Pyro's ``TraceEnum_ELBO`` computes for a latent with ``infer={"enumerate": "parallel"}``, so that every engine and
+    every prediction has it.
+
+    Args:
+        logits: class logits of each row under each value; minus infinity for classes that a row does not have.
+        mixing: log probability of each value.
+
+    Shape:
+        logits ``(rows * values, classes)``, the values of a row in a run; mixing ``(rows, values)``; returns ``(rows,
+        classes)``, normalised.
+    """
+    log_probs = logits.log_softmax(-1).unflatten(0, tuple(mixing.shape))
+    missing = log_probs.isneginf()
+    # the gradient of a sum of zeros' logarithms is no number
+    whole = (log_probs.masked_fill(missing, 0.0) + mixing[..., None]).logsumexp(1)
+    return whole.masked_fill(missing.all(1), -torch.inf)

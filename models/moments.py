@@ -89,7 +89,7 @@ def second_moments(
 
     Args:
         backbone: the frozen network; a bound draw takes part.
-        batches: batches with ``input_ids`` and ``attention_mask``.
+        batches: batches of an encoded split.
         paths: module paths.
         dtype: type in which products are formed and summed; default the sites' (float32 over half precision).
         diagonal: collect ``mean(x^2)`` alone.
@@ -105,7 +105,7 @@ def second_moments(
     tokens = 0
     try:
         for batch in batches:
-            collector.mask = batch["attention_mask"].to(backbone.device).bool()
+            collector.mask = backbone.token_mask(batch).to(backbone.device).bool()
             tokens += int(collector.mask.sum())
             backbone.hidden_states(batch)
             collector.last = None

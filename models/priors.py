@@ -334,13 +334,14 @@ def _flat(site: Site) -> TorchDistribution:
     # on a compact manifold what is constant is proper
     if site.prior is not None:
         return site.prior
-    return _Improper(dist.constraints.real, torch.Size(), site.shape)
+    return Improper(dist.constraints.real, torch.Size(), site.shape)
 
 
-class _Improper(dist.ImproperUniform):
-    """Pyro's, with its zeros where the value is, so that they add to terms of a loss on an accelerator."""
+class Improper(dist.ImproperUniform):
+    """What `Flat` is for one site: Pyro's, with its zeros where the value is, so that they add up on an accelerator."""
 
     def log_prob(self, value: Tensor) -> Tensor:
+        """Zero in logarithm."""
         return super().log_prob(value).to(value)
 
 
@@ -362,7 +363,7 @@ def fit_to_site(declared: TorchDistribution, site: Site) -> TorchDistribution:
             f"{tuple(site.shape)} ({', '.join(site.dims)}). A scalar distribution such as Normal(0., 0.2) always does."
         )
     support = declared.support
-    if site.prior is not None:
+    if site.prior is not None and site.support is not dist.constraints.real:
         if support == site.prior.support and not declared.batch_shape:
             return declared
         raise ValueError(
@@ -411,7 +412,7 @@ def _parameters(declared: TorchDistribution) -> dict[str, Tensor]:
 
 
 def _describe(declaration: Declaration) -> dict[str, Any]:
-    if isinstance(declaration, Flat):
+    if isinstance(declaration, Flat | Improper):
         return {"prior": "Flat"}
     if isinstance(declaration, UniformStiefel):
         return {"prior": "UniformStiefel", "shape": list(declaration.event_shape)}

@@ -12,22 +12,24 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyrolora.models.adapters.base import Adapter
+from pyrolora.models.adapters.last_layer import LastLayer
 from pyrolora.models.adapters.lora import LoRA
-from pyrolora.models.backbones import Backbone, Delta
+from pyrolora.models.backbones import PROMPT, Backbone, Delta, OutputGate
 from pyrolora.models.calibration import Calibration
 from pyrolora.models.constants import shared_constants
 from pyrolora.models.heads import LabelHead, OptionHead
-from pyrolora.models.likelihoods import observe_labels
+from pyrolora.models.likelihoods import mixed_logits, observe_labels
 from pyrolora.models.priors import Prior, PriorSpecification
 from pyrolora.models.sites import Site, SiteTable
-from pyrolora.models.tasks import EncodedSplit, Split, Task, encode
+from pyrolora.models.tasks import EncodedSplit, Split, Task, row_count
 
 # features whose mean square length calibrates a prior in logit units, and how many of them at once
 CALIBRATION_ROWS, CALIBRATION_BATCH = 256, 32
 
 # what a batch may hold besides tensors with one row an example
 ROW_KEYS = (
-    "input_ids", "attention_mask", "position_ids", "segment_ids", "scored", "option_mask", "option_lengths", "trunk",
+    "input_ids", "pixel_values", "attention_mask", "position_ids", "segment_ids", "scored", "option_mask",
+    "option_lengths", "trunk",
 )  # fmt: skip
 
 
@@ -48,7 +50,7 @@ class BayesianModel:
     Args:
         backbone: the frozen network; several models may share it.
         task: prompts, labels and splits.
-        adapter: one adapter or several.
+        adapter: one adapter or several. Where the task shows images, `LastLayer` is added if it is not among them.
         prior: a distribution, `Flat`, `learned`, a callable from site to distribution, or ``{glob pattern: one of these}``.
         num_data: rows of the data set that scale the likelihood; default the task's training split.
         max_length: longest prompt in tokens.
@@ -76,7 +78,15 @@ class BayesianModel:
         self.max_length = max_length
         self._mean_square: float | None = None
         self.num_data = len(task.train) if num_data is None else num_data
-        label_ids = task.format.label_ids(backbone.tokenizer) if task.format.kind == "label" else None
+        if task.format.kind not in backbone.formats:
+            raise ValueError(
+                f"The task {task.name!r} shows {'images' if task.format.kind == 'image' else 'text'}, which "
+                f"{backbone.name!r} does not read. Use a vision transformer for images, and a language model for text."
+            )
+        if task.format.kind == "image" and not any(isinstance(one, LastLayer) for one in self.adapters):
+            # classes of images have no words: without a head all logits would stay zero
+            self.adapters = (*self.adapters, LastLayer())
+        label_ids = None if task.format.kind == "option" else task.format.label_ids(backbone.tokenizer)
         self.head: LabelHead | OptionHead = (
             OptionHead(backbone)
             if label_ids is None
@@ -86,6 +96,7 @@ class BayesianModel:
         )
         self.label_ids: tuple[int, ...] = () if label_ids is None else tuple(label_ids)
         self.classes = None if label_ids is None else len(label_ids)
+        self.context_keys = tuple(dict.fromkeys(key for adapter in self.adapters for key in adapter.context_keys))
         self._adapter_sites = [adapter.sites(backbone, self.classes) for adapter in self.adapters]
         self.adapter_sites = SiteTable([site for sites in self._adapter_sites for site in sites])
         self.constants = self._make_constants() if constants is None else self._placed(constants)
@@ -111,7 +122,11 @@ class BayesianModel:
 
         pairs = zip(self.adapters, self._adapter_sites, strict=True)
         return shared_constants(
-            self.backbone, pairs, Calibration(batches, loss, self.label_ids), self.task, self.max_length
+            self.backbone,
+            pairs,
+            Calibration(batches, loss, self.label_ids, self.task.tables),
+            self.task,
+            self.max_length,
         )
 
     def _placed(self, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -210,23 +225,31 @@ class BayesianModel:
         Shape:
             ``(rows,)``
         """
-        logits = self.row_logits(batch, self.sample_sites())
+        logits = self.row_logits(batch, self.sample_sites(), local=True)
         labels = batch.get("labels")
         labels = None if labels is None else labels.to(logits.device)
         index = batch.get("index")
         rows = self.num_data if num_data is None else num_data
         return observe_labels(logits, labels, None if index is None else index.to(logits.device), rows)
 
-    def diagnostics(self, draw: Mapping[str, Tensor]) -> dict[str, float]:
+    def diagnostics(self, draw: Mapping[str, Tensor], batch: Mapping[str, Tensor] | None = None) -> dict[str, float]:
         """What the adapters record of a draw at every training step; empty for most."""
         figures: dict[str, float] = {}
+        values = {**self._context(batch), **draw} if self.context_keys else draw
         for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
-            figures.update(adapter.diagnostics(sites, draw))
+            figures.update(adapter.diagnostics(sites, values))
         return figures
 
-    def deltas(self, draw: Mapping[str, Tensor]) -> dict[str, Delta]:
-        """What a draw adds to the output of each adapted projection; see `Adapter.deltas`."""
-        values = {**self.constants, **draw}
+    def deltas(self, draw: Mapping[str, Tensor], batch: Mapping[str, Tensor] | None = None) -> dict[str, Delta]:
+        """What a draw adds to the output of each adapted projection; see `Adapter.deltas`.
+
+        Args:
+            draw: site name -> value.
+            batch: what gates read, such as the batch of the forward that follows; None where no adapter has one.
+        """
+        return self._deltas({**self.constants, **self._context(batch), **draw})
+
+    def _deltas(self, values: Mapping[str, Tensor]) -> dict[str, Delta]:
         deltas: dict[str, Delta] = {}
         for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
             for path, delta in adapter.deltas(sites, values).items():
@@ -234,19 +257,80 @@ class BayesianModel:
                 deltas[path] = _sum_of(deltas[path], delta) if path in deltas else delta
         return deltas
 
-    def bind(self, draw: Mapping[str, Tensor]) -> None:
-        """Put a draw into the network until the next one or `release`."""
-        self.backbone.bind(self.deltas(draw), by_position=all(adapter.by_position for adapter in self.adapters))
+    def gates(self, draw: Mapping[str, Tensor], batch: Mapping[str, Tensor] | None = None) -> dict[str, OutputGate]:
+        """What a draw makes of the changed outputs of projections; see `Adapter.gates`.
 
-    def row_logits(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Tensor:
+        Args:
+            draw: site name -> value.
+            batch: see `deltas`.
+
+        Raises:
+            ValueError: two adapters gate one projection.
+        """
+        return self._gates({**self.constants, **self._context(batch), **draw})
+
+    def _gates(self, values: Mapping[str, Tensor]) -> dict[str, OutputGate]:
+        gates: dict[str, OutputGate] = {}
+        for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
+            for path, gate in adapter.gates(sites, values).items():
+                if path in gates:
+                    raise ValueError(
+                        f"Two adapters gate the output of {path}; give them other layers, or leave one out."
+                    )
+                gates[path] = gate
+        return gates
+
+    def _bind(self, values: Mapping[str, Tensor]) -> None:
+        by_position = all(adapter.by_position for adapter in self.adapters)
+        self.backbone.bind(self._deltas(values), self._gates(values), by_position=by_position)
+
+    def _context(self, batch: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        if batch is None or not self.context_keys:
+            return {}
+        device, dtype = self.backbone.device, self.backbone.site_dtype
+        found = {key: batch[key] for key in self.context_keys if key in batch}
+        if PROMPT in self.context_keys and PROMPT not in found and "input_ids" in batch:
+            found[PROMPT] = self.backbone.prompt_embedding(batch)
+        return {
+            key: value.to(device, dtype if value.is_floating_point() else value.dtype) for key, value in found.items()
+        }
+
+    def row_logits(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor], *, local: bool = False) -> Tensor:
         """Class logits of each row; a draw with a leading dimension of ``groups`` serves ``groups`` equal runs of rows.
+
+        Args:
+            batch: a batch of `encode`'s split.
+            draw: site name -> value.
+            local: draw what adapters draw for single rows (`Adapter.local_draw`); without it they use their own mean.
 
         Shape:
             ``(rows, classes)``
         """
-        self.bind(draw)
+        values = {**self.constants, **self._context(batch), **draw}
+        if local:
+            values.update(entry for adapter in self.adapters for entry in adapter.local_draw(values).items())
+        self._bind(values)
+        mixing = self._enumerated(values)
+        if mixing is not None:
+            each = mixing.shape[-1]
+            batch = {k: value.repeat_interleave(each, dim=0) if value.dim() else value for k, value in batch.items()}
         trunk = batch.get("trunk")
-        return self.head(batch, self._label_changes(draw), trunk, self.first_block if trunk is not None else 0)
+        logits = self.head(batch, self._label_changes(draw), trunk, self.first_block if trunk is not None else 0)
+        return logits if mixing is None else mixed_logits(logits, mixing)
+
+    @property
+    def draws_locally(self) -> bool:
+        """Whether an adapter draws something for every row anew, beside the sites."""
+        return any(adapter.draws_locally for adapter in self.adapters)
+
+    def _enumerated(self, values: Mapping[str, Tensor]) -> Tensor | None:
+        found = [mixing for adapter in self.adapters if (mixing := adapter.enumerated(values)) is not None]
+        if len(found) > 1:
+            raise ValueError(
+                f"{len(found)} adapters have a latent to sum out, which would take a forward for every pair of their values. "
+                "Keep one gate='categorical' and make the others deterministic."
+            )
+        return found[0] if found else None
 
     def features(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Tensor:
         """What the label rows are multiplied with, under a draw of the sites inside the network.
@@ -258,7 +342,7 @@ class BayesianModel:
         Shape:
             ``(rows, hidden)``, in the sites' float type
         """
-        self.bind(draw)
+        self.bind(batch, draw)
         trunk = batch.get("trunk")
         first_block = self.first_block if trunk is not None else 0
         return self.backbone.features(batch, trunk=trunk, first_block=first_block).to(self.backbone.site_dtype)
@@ -291,12 +375,13 @@ class BayesianModel:
         changes = [adapter.label_change(values) for adapter in self.adapters]
         return [change for change in changes if change is not None]
 
-    def logits(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Tensor:
+    def logits(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor], *, local: bool = False) -> Tensor:
         """Class logits of every row under every draw, all draws on the batch axis, the trunk run once.
 
         Args:
             batch: a batch of `encode`'s split.
             draw: site name -> ``(draws, *site.shape)``, or the site's shape for a single draw.
+            local: see `row_logits`.
 
         Shape:
             ``(draws, rows, classes)``
@@ -307,9 +392,18 @@ class BayesianModel:
         draws = self._count_draws(draw)
         if "trunk" not in batch and self.first_block > 0:
             batch = {**batch, "trunk": self.backbone.trunk(batch, self.first_block)}
-        rows = batch["input_ids"].shape[0]
-        repeated = {key: batch[key].repeat(draws, *[1] * (batch[key].dim() - 1)) for key in ROW_KEYS if key in batch}
-        return self.row_logits(repeated, draw).unflatten(0, (draws, rows))
+        rows = row_count(batch)
+        return self.row_logits(self.repeated(batch, draws), draw, local=local).unflatten(0, (draws, rows))
+
+    def repeated(self, batch: Mapping[str, Tensor], draws: int) -> dict[str, Tensor]:
+        """A batch with its rows once for each draw, all that the network and the adapters' gates read of it.
+
+        A context of no dimension, such as how far training is, is one for all rows.
+        """
+        kept = {key: batch[key] for key in (*ROW_KEYS, *self.context_keys) if key in batch}
+        return {
+            key: value.repeat(draws, *[1] * (value.dim() - 1)) if value.dim() else value for key, value in kept.items()
+        }
 
     def _count_draws(self, draw: Mapping[str, Tensor]) -> int:
         counts = {
@@ -318,6 +412,20 @@ class BayesianModel:
         if len(counts) > 1:
             raise ValueError(f"Sites hold different numbers of draws: {sorted(counts)}. Draw them together.")
         return counts.pop() if counts else 1
+
+    def bind(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> None:
+        """Put a draw into the backbone for forwards of this batch, such as generation, until `release`.
+
+        Raises:
+            ValueError: an adapter sums a latent out, so that no one network stands for a row.
+        """
+        values = {**self.constants, **self._context(batch), **draw}
+        if self._enumerated(values) is not None:
+            raise ValueError(
+                "Each row has a network for every expert of gate='categorical', which are mixed by class probabilities: it "
+                "has no features and writes no answer. Use another gate for that."
+            )
+        self._bind(values)
 
     def release(self) -> None:
         """Forget the bound draw and the graph it holds."""
@@ -357,7 +465,7 @@ class BayesianModel:
                     f"{self.task.name!r}. Pass the split itself, and the model encodes it."
                 )
             return data
-        return encode(data, self.task.format, self.backbone.tokenizer, max_length=self.max_length)
+        return self.backbone.encode(data, self.task.format, self.max_length)
 
     def site_table(self) -> str:
         """The sites as text: name, shape, dims, prior, number of weights."""

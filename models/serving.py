@@ -30,7 +30,9 @@ def weight_change(delta: Delta, weight: Tensor) -> Tensor:
 
 
 @contextmanager
-def merged(model: "BayesianModel", draw: Mapping[str, Tensor]) -> Iterator[Any]:
+def merged(
+    model: "BayesianModel", draw: Mapping[str, Tensor], batch: Mapping[str, Tensor] | None = None
+) -> Iterator[Any]:
     """The network with one draw merged into its weights; afterwards every weight is bit by bit what it was.
 
     Usage::
@@ -44,15 +46,17 @@ def merged(model: "BayesianModel", draw: Mapping[str, Tensor]) -> Iterator[Any]:
     Args:
         model: the model.
         draw: site name -> value of the site's shape.
+        batch: one row of what gates read, for an adapter with a gate for each row; the merged network is for that row.
 
     Raises:
-        ValueError: an adapter that changes more than projections.
+        ValueError: an adapter that changes more than projections, gates for no row or for several, or a gate of an output.
     """
     network = model.backbone.network
     kept: dict[str, Tensor] = {}
     model.release()
+    _refuse_gates(model, draw, batch)
     try:
-        for path, delta in model.deltas(draw).items():
+        for path, delta in model.deltas(draw, batch).items():
             module: Any = network.get_submodule(path)
             if not isinstance(module, torch.nn.Linear):
                 raise ValueError(f"{path} is a {type(module).__name__}, and only nn.Linear can be merged into.")
@@ -102,6 +106,8 @@ class Served:
             )
         (self.backbone,) = backbones.values()
         self.by_position = all(adapter.by_position for model in models.values() for adapter in model.adapters)
+        for name, model in models.items():
+            _refuse_gates(model, draws[name])
         self.deltas = {name: model.deltas(draws[name]) for name, model in models.items()}
 
     @contextmanager
@@ -133,6 +139,16 @@ class Served:
             return torch.cat(parts)
 
         return delta
+
+
+def _refuse_gates(
+    model: "BayesianModel", draw: Mapping[str, Tensor], batch: Mapping[str, Tensor] | None = None
+) -> None:
+    if gated := sorted(model.gates(draw, batch)):
+        raise ValueError(
+            f"The output of {gated[0]} goes through a gate that reads each token, which no weight can hold. Merge or serve "
+            "it once the gate has faded, or leave the adapter as it is."
+        )
 
 
 def _runs(names: Sequence[str | None]) -> dict[str | None, int]:

@@ -28,10 +28,12 @@ class Site:
         layers: number of the transformer block of each entry of the first dimension.
         support: constraint that a value satisfies.
         hyper: whether a prior samples it, rather than an adapter.
-        prior: of a site on a manifold, the prior that it has unless another one over its support is declared; such a site
-            is a point unless a pattern gives it a guide.
+        prior: of a site on a manifold, or one that is no belief about a network (a projector), the prior that it has unless
+            another one over its support is declared; such a site is a point unless a pattern gives it a guide.
         linear: whether every entry acts as the weight of one linear map and nothing else, which linearised predictions,
             curvature and noise for each token need.
+        transient: whether it leaves the likelihood before training ends, as a router that fades does; Laplace then keeps it
+            at the estimate unless it is named.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Site:
     hyper: bool = False
     prior: TorchDistribution | None = field(default=None, compare=False)
     linear: bool = True
+    transient: bool = False
 
     @property
     def numel(self) -> int:

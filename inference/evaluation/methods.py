@@ -11,6 +11,7 @@ from pyrolora.inference.map import MAP
 from pyrolora.inference.nuts import NUTS
 from pyrolora.inference.posterior import KINDS
 from pyrolora.inference.released import ReleasedBLoB
+from pyrolora.inference.retaining import QualityRetaining
 from pyrolora.inference.schedules import SCHEDULES
 from pyrolora.inference.svi import SVI
 from pyrolora.inference.vbll import VBLL
@@ -138,6 +139,8 @@ class Method:
                 raise ValueError(f"The setting {key!r} of {self.engine} is a number; got {value!r}.")
         if isinstance(schedule := settings.get("schedule"), str):
             settings["schedule"] = declared(schedule, SCHEDULES, "schedule")
+        if isinstance(retaining := settings.get("retaining"), str):
+            settings["retaining"] = declared(retaining, {"QualityRetaining": QualityRetaining}, "retaining")
         if self.guide is not None:
             guide = self.guide
             if not issubclass(ENGINES[self.engine], SVI):

@@ -1,6 +1,6 @@
 """The parts of a report beyond the metrics of the test items: each has its columns and the figures of one posterior."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,6 +126,26 @@ def shift_metrics(
     metrics = classification_metrics(n_bins)
     found = resampling.of_metrics([metrics[name] for name in SHIFT_METRICS], probs, labels)
     return {f"{name}/{other}": interval for name, interval in found.items()}
+
+
+def group_columns(groups: Sequence[tuple[str, int]]) -> list[Column]:
+    """Columns of the tasks of a shared label space."""
+    section = "Accuracy of each task over the whole label space"
+    return [Column(f"accuracy_of/{name}", name, True, section) for name, _ in groups]
+
+
+def group_metrics(
+    probs: Tensor, labels: Tensor, groups: Sequence[tuple[str, int]], resampling: Resampling
+) -> dict[str, Interval]:
+    """Accuracy of each task; the interval is over its own test items."""
+    right, found, first = (probs.argmax(-1) == labels).double(), {}, 0
+    for name, size in groups:
+        own = right[(labels >= first) & (labels < first + size)]
+        found[f"accuracy_of/{name}"] = (
+            resampling.of_mean(own) if len(own) else Interval.undefined("no test item is of this task")
+        )
+        first += size
+    return found
 
 
 def set_columns(miscoverage: float) -> list[Column]:

@@ -159,6 +159,11 @@ class Laplace:
             priors = declared_prior(model, names)
         mean = estimate.mean()
         _check_estimate(model, mean)
+        if model.gates(mean, estimate.context):
+            raise ValueError(
+                f"The estimate is {estimate.progress:.0%} through its training, and its router has not faded: the curvature "
+                "would be that of another network. Train it to the end first."
+            )
         gradients = LogitGradients(model, mean, tuple(structures))
         log_likelihood = sum_curvature(
             gradients, structures, encoded, batch_size=self.batch_size, checkpoint=self.checkpoint, progress=progress
@@ -221,11 +226,11 @@ class Laplace:
 
     def _names(self, model: BayesianModel) -> tuple[str, ...]:
         pattern = self.sites or ("head.weight" if self.structure == "last_layer" else "*")
-        # a site on a manifold is a point unless it is asked for by name
+        # a site on a manifold, or one that the likelihood no longer has, is a point unless it is asked for by name
         names = tuple(
             site.name
             for site in model.adapter_sites.values()
-            if site.matches(pattern) and (site.prior is None or self.sites is not None)
+            if site.matches(pattern) and ((site.prior is None and not site.transient) or self.sites is not None)
         )
         if not names:
             remedy = (

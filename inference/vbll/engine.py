@@ -82,6 +82,10 @@ class VBLL(SVI):
         # the checks of SVI are about a guide for all sites
         dataclasses.replace(SVI(), **{entry.name: getattr(self, entry.name) for entry in dataclasses.fields(SVI)
                                       if entry.name != "guide"})  # fmt: skip
+        if self.retaining is not None:
+            raise ValueError(
+                "VBLL integrates the head out, so no logits are there to retain; leave retaining out, or use MAP or SVI."
+            )
         if self.guide is not None:
             by_pattern(self.guide)
         Objective(self.objective)

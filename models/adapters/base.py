@@ -11,13 +11,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyrolora.models.answer_position import every_position
-from pyrolora.models.backbones import Backbone, Delta
+from pyrolora.models.backbones import Backbone, Delta, OutputGate
 from pyrolora.models.local import LocalWeight
 from pyrolora.models.naming import nearest
 from pyrolora.models.sites import Site
 
 if TYPE_CHECKING:
     from pyrolora.models.calibration import Calibration
+
+# entry of a training batch: the share of training that is done, a number from 0 to 1 for all rows
+PROGRESS = "progress"
 
 
 @dataclass(frozen=True)
@@ -122,9 +125,50 @@ class Adapter(ABC):
         Args:
             sites: what `sites` returned.
             draw: the model's constants by name, and site name -> value of the site's shape, or with one leading dimension
-                of ``groups`` draws; the rows of a batch are then ``groups`` equal runs, one for each draw.
+                of ``groups`` draws; the rows of a batch are then ``groups`` equal runs, one for each draw. Where the changes
+                are for a batch, also its entries called `context_keys`, repeated with the draws.
         """
         return {}
+
+    def gates(self, sites: Sequence[Site], draw: Mapping[str, Tensor]) -> dict[str, OutputGate]:
+        """For each gated projection, a function of its input and of its output after all changes; see `Backbone.bind`.
+
+        Args:
+            sites: what `sites` returned.
+            draw: see `deltas`.
+        """
+        return {}
+
+    @property
+    def context_keys(self) -> tuple[str, ...]:
+        """Entries of a batch that `deltas` and `gates` read beside the draw, such as what a gate is made from."""
+        return ()
+
+    def local_draw(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What an adapter draws for every row anew, from its own conditional given sites and batch; nothing for most.
+
+        Args:
+            values: what `deltas` takes; the result is added to it.
+        """
+        return {}
+
+    @property
+    def draws_locally(self) -> bool:
+        """Whether `local_draw` draws anything."""
+        return False
+
+    def enumerated(self, values: Mapping[str, Tensor]) -> Tensor | None:
+        """Log probabilities of a discrete latent of each row that is to be summed out; None for most.
+
+        The network then runs once for each value, every row ``values`` times in a run, and class probabilities are mixed.
+
+        Args:
+            values: what `deltas` takes.
+
+        Shape:
+            ``(rows, values)``
+        """
+        return None
 
     def label_change(self, draw: Mapping[str, Tensor]) -> Delta | None:
         """A function of the features that returns the change of the class logits, or None.
@@ -140,7 +184,12 @@ class Adapter(ABC):
         return True
 
     def diagnostics(self, sites: Sequence[Site], draw: Mapping[str, Tensor]) -> dict[str, float]:
-        """Figures of a draw that training records at every step, such as how far factors are from orthonormal."""
+        """Figures of a draw that training records at every step, such as how far factors are from orthonormal.
+
+        Args:
+            sites: what `sites` returned.
+            draw: see `deltas`; with the entries of the step's batch that are called `context_keys`.
+        """
         return {}
 
     def to_dict(self) -> dict[str, Any]:

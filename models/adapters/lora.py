@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pyrolora.models.active_entries import stack_entries
-from pyrolora.models.adapters.base import Adapter, site_linear
+from pyrolora.models.adapters.base import Adapter
+from pyrolora.models.adapters.gated import LowRankDelta, RankGate
 from pyrolora.models.adapters.targets import find_projections
 from pyrolora.models.backbones import Backbone, Delta
 from pyrolora.models.sites import Site
@@ -103,6 +104,7 @@ class LoRA(Adapter):
     def deltas(self, sites: Sequence[Site], draw: Mapping[str, Tensor]) -> dict[str, Delta]:
         """See `Adapter.deltas`: ``x -> (alpha / rank) B A x`` in the sites' own float type."""
         changes: dict[str, Delta] = {}
+        gate = self.rank_gate(draw)
         for site in sites:
             if site.name.endswith("lora_A"):
                 other = site.name.removesuffix("lora_A") + "lora_B"
@@ -110,11 +112,19 @@ class LoRA(Adapter):
                 pairs = zip(downs, ups, site.modules, strict=True)
                 changes.update(
                     {
-                        path: _LowRankDelta(a, b, self.scaling, site.name, other, i)
+                        path: LowRankDelta(a, b, self.scaling, site.name, other, i, gate)
                         for i, (a, b, path) in enumerate(pairs)
                     }
                 )
         return changes
+
+    def rank_gate(self, draw: Mapping[str, Tensor]) -> RankGate:
+        """What multiplies the activations between the factors of every projection; nothing here.
+
+        Args:
+            draw: see `Adapter.deltas`.
+        """
+        return None
 
     def relative_scales(
         self, backbone: Backbone, sites: Sequence[Site], constants: Mapping[str, Tensor], ratio: float
@@ -171,18 +181,3 @@ def lora_config(sites: Sequence[Site]) -> dict[str, Any]:
         # full paths, so that a choice of layers and shapes survives whatever PEFT matches by suffix
         "target_modules": sorted({module for site in sites for module in site.modules}),
     }
-
-
-@dataclass(frozen=True)
-class _LowRankDelta:
-    down: Tensor
-    up: Tensor
-    scale: float
-    down_site: str
-    up_site: str
-    entry: int
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        narrow = site_linear(rows, self.down, self.down_site, self.entry)
-        # between the factors there are only `rank` activations a token to scale
-        return site_linear(narrow * self.scale, self.up, self.up_site, self.entry).to(rows.dtype)

@@ -12,6 +12,7 @@ from pyrolora.models.adapters.targets import LAYER_NUMBER
 from pyrolora.models.backbones import Backbone
 from pyrolora.models.calibration import calibration_batches
 from pyrolora.models.moments import second_moments
+from pyrolora.models.tasks import row_count
 
 if TYPE_CHECKING:
     from pyrolora.models.calibration import Calibration
@@ -174,7 +175,7 @@ class Selection:
                 weight.requires_grad_(True)
             for batch in calibration.batches(self.samples, self.seed):
                 with torch.enable_grad():
-                    loss = calibration.loss(batch) * batch["input_ids"].shape[0]
+                    loss = calibration.loss(batch) * row_count(batch)
                     found = torch.autograd.grad(loss, list(weights.values()))
                 for path, gradient in zip(weights, found, strict=True):
                     totals[path] += gradient

@@ -1,8 +1,11 @@
 """Prompts, labels and splits: one task is one data set with one way to ask the question."""
 
-from pyrolora.models.tasks.batching import EncodedSplit, encode
+from pyrolora.models.tasks.batching import EncodedSplit, encode, row_count
 from pyrolora.models.tasks.example import Example, Row
 from pyrolora.models.tasks.formats import Format, Letter, OptionScoring, Verbaliser
+from pyrolora.models.tasks.image_sources import Folders, ImageHub, Omniglot, PixelTable
+from pyrolora.models.tasks.image_tasks import ImageTaskSpec, joined
+from pyrolora.models.tasks.images import EncodedImages, ImageClasses, ImageExample, encode_images
 from pyrolora.models.tasks.readers import blank_reader, choice_reader, text_reader
 from pyrolora.models.tasks.registry import names, register, task
 from pyrolora.models.tasks.sources import Files, Hub, Package
@@ -10,14 +13,22 @@ from pyrolora.models.tasks.splitting import SplitRule
 from pyrolora.models.tasks.task import Split, Task, TaskSpec
 
 __all__ = [
+    "EncodedImages",
     "EncodedSplit",
     "Example",
     "Files",
+    "Folders",
     "Format",
     "Hub",
+    "ImageClasses",
+    "ImageExample",
+    "ImageHub",
+    "ImageTaskSpec",
     "Letter",
+    "Omniglot",
     "OptionScoring",
     "Package",
+    "PixelTable",
     "Row",
     "Split",
     "SplitRule",
@@ -27,8 +38,11 @@ __all__ = [
     "blank_reader",
     "choice_reader",
     "encode",
+    "encode_images",
+    "joined",
     "names",
     "register",
+    "row_count",
     "task",
     "text_reader",
 ]

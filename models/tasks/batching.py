@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -66,7 +66,31 @@ def encode(
         label_ids=label_ids,
         pad_id=int(pad_id),
         padding=padding,
+        vectors=_stacked_vectors(split),
     )
+
+
+def _stacked_vectors(split: Split) -> dict[str, Tensor]:
+    """The vectors that every example has, ``(N, width)`` each.
+
+    Raises:
+        ValueError: some examples have a vector and others not, or of another width.
+    """
+    stacked = {}
+    for name in dict.fromkeys(name for example in split for name in example.vectors):
+        lacking = next((example.id for example in split if name not in example.vectors), None)
+        if lacking is not None:
+            raise ValueError(
+                f"Example {lacking!r} of {split.task} {split.name} has no vector {name!r}, and others have."
+            )
+        widths = sorted({tuple(example.vectors[name].shape) for example in split})
+        if len(widths) > 1 or len(widths[0]) != 1:
+            raise ValueError(
+                f"The vectors {name!r} of {split.task} {split.name} have the shapes {widths}, expected one dimension and one "
+                "width for all."
+            )
+        stacked[name] = torch.stack([example.vectors[name] for example in split])
+    return stacked
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,27 +106,30 @@ class EncodedSplit:
         in the split. Where options are scored also ``segment_ids`` (0 padding, 1 prompt, 2 + k option k) and
         ``position_ids``: (B, T) int64, ``scored``: (B, T) bool, ``option_mask``: (B, K) bool, and
         ``option_lengths``: (B, K) float32, by which an option's log-likelihood is divided (1 where there is
-            no option).
+            no option). Where tokens stand for items also ``items``: (B, T) int64, -1 for a word. And
+            a tensor (B, width) for each of `vectors`.
 
     Args:
         name: task and split, for messages.
-        kind: "label" or "option".
+        kind: "label", "option" or "image".
         rows: token ids of each example.
         labels: class, or position of the right option, of each example.
         classes: number of classes, or K.
         label_ids: vocabulary row of each class; empty where options are scored.
         pad_id: token id that fills shorter rows.
         padding: the side that is filled.
+        vectors: what gates read of each example, by name, (N, width).
     """
 
     name: str
-    kind: Literal["label", "option"]
+    kind: Literal["label", "option", "image"]
     rows: tuple[EncodedRow, ...]
     labels: Tensor
     classes: int
     label_ids: tuple[int, ...]
     pad_id: int
     padding: Literal["left", "right"]
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -127,7 +154,7 @@ class EncodedSplit:
             raise ValueError(
                 f"{self.name} has the labels {found}, expected 0 to {self.classes - 1}; use the task's own format."
             )
-        if self.kind == "label" and len(found) == 1:
+        if self.kind != "option" and len(found) == 1:
             raise ValueError(
                 f"{self.name} has one class only ({found[0]}) in {len(self)} examples; a classifier needs "
                 "two or more. "
@@ -256,6 +283,9 @@ class EncodedSplit:
                 lengths[place, : len(row.option_lengths)] = torch.tensor(row.option_lengths)
                 mask[place, : len(row.option_lengths)] = True
             tensors |= {"option_mask": mask, "option_lengths": lengths}
+        if any(row.items for row in rows):
+            tensors["items"] = self._padded([row.items or [-1] * len(row) for row in rows], -1, torch.int64)
+        tensors |= {name: values[positions] for name, values in self.vectors.items()}
         return {name: tensor.to(device) for name, tensor in tensors.items()}
 
     def _padded(self, lists: Sequence[Sequence[int]], fill: int, dtype: torch.dtype) -> Tensor:
@@ -265,6 +295,11 @@ class EncodedSplit:
             begin = width - len(entries) if self.padding == "left" else 0
             padded[place, begin : begin + len(entries)] = torch.tensor(entries, dtype=dtype)
         return padded
+
+
+def row_count(batch: Mapping[str, Tensor]) -> int:
+    """Number of examples of a batch of texts or of images."""
+    return batch["input_ids" if "input_ids" in batch else "pixel_values"].shape[0]
 
 
 def _check_size(size: int) -> None:

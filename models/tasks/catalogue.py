@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from pyrolora.models.recommendation.task import next_item_specs
 from pyrolora.models.tasks.example import Example, Row
 from pyrolora.models.tasks.formats import Letter, OptionScoring, Verbaliser
 from pyrolora.models.tasks.packages import read_headlines, read_tweets
@@ -379,4 +380,5 @@ SHIPPED: tuple[TaskSpec, ...] = (
         licence="WordNet licence",
     ),
     *(_mmlu(subject) for subject in MMLU_SUBJECTS),
+    *next_item_specs(),
 )

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from pyrolora.models.naming import suggestion
 
 
@@ -22,6 +24,8 @@ class Example:
         attributes: numbers known about the example that no prompt shows, such as the share of annotators
             who agreed on the label.
         id: a name that stays with the example through splitting and shuffling.
+        vectors: tensors of one dimension that adapters' gates read, by the name that a batch gives them, such as
+            the state of a sequence model.
     """
 
     fields: Mapping[str, str]
@@ -29,6 +33,7 @@ class Example:
     options: tuple[str, ...] = ()
     attributes: Mapping[str, float] = field(default_factory=dict)
     id: str = ""
+    vectors: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
 
     @property
     def content(self) -> str:

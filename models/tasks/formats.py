@@ -20,8 +20,8 @@ class Format(Protocol):
     """What a way of asking must offer."""
 
     @property
-    def kind(self) -> Literal["label", "option"]:
-        """Whether classes are vocabulary rows at the last position, or options to be scored."""
+    def kind(self) -> Literal["label", "option", "image"]:
+        """Whether classes are vocabulary rows at the last position, options to be scored, or classes of images."""
 
     @property
     def fields(self) -> tuple[str, ...]:

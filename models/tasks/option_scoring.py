@@ -49,6 +49,8 @@ class OptionScoring:
             ("character"), or by one ("none").
         separator: what stands between prompt and option when neither has white space there.
         blank: the sign in the filled template that the options replace, such as ``"_"``.
+        ending: what stands after every option and is scored with it, such as a line break, so that an option that another
+            one begins with does not always win.
     """
 
     kind: ClassVar[Literal["option"]] = "option"
@@ -57,6 +59,7 @@ class OptionScoring:
     normalise: Literal["token", "character", "none"] = "token"
     separator: str = " "
     blank: str | None = None
+    ending: str = ""
 
     def __post_init__(self) -> None:
         template_fields(self.template)
@@ -153,7 +156,7 @@ class OptionScoring:
             return (
                 text,
                 [""] * len(example.options),
-                [spaced(text, option, self.separator) for option in example.options],
+                [spaced(text, option + self.ending, self.separator) for option in example.options],
             )
         if text.count(self.blank) != 1:
             raise ValueError(
@@ -164,7 +167,7 @@ class OptionScoring:
         # the space before the blank belongs to the option's first word, as tokenizers have it
         prompt = before.rstrip(" ")
         gap = before[len(prompt) :]
-        return prompt, [gap + option for option in example.options], [rest] * len(example.options)
+        return prompt, [gap + option for option in example.options], [rest + self.ending] * len(example.options)
 
     def _row(self, prompt: list[int], options: list[tuple[list[int], list[int], str]]) -> EncodedRow:
         row = EncodedRow(list(prompt), [1] * len(prompt), list(range(len(prompt))), [False] * len(prompt), [])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pyrolora.models.naming import suggestion
@@ -32,6 +32,7 @@ class EncodedRow:
         position_ids: position of each token; every option restarts right after the prompt.
         scored: whether the token's log-likelihood counts for its option.
         option_lengths: what the sum of each option's log-likelihoods is divided by.
+        items: number of the item whose embedding a token stands for, -1 where it is a word; empty without items.
     """
 
     input_ids: list[int]
@@ -39,6 +40,7 @@ class EncodedRow:
     position_ids: list[int]
     scored: list[bool]
     option_lengths: list[float]
+    items: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from pyrolora.models.naming import suggestion
 from pyrolora.models.tasks.catalogue import SHIPPED
 from pyrolora.models.tasks.example import Example, Row
+from pyrolora.models.tasks.image_tasks import SHIPPED_IMAGES, ImageTaskSpec, joined
 from pyrolora.models.tasks.readers import Reader
 from pyrolora.models.tasks.sources import Package, Parts
 from pyrolora.models.tasks.task import Split, Task, TaskSpec
 
-_SPECS: dict[str, TaskSpec] = {spec.name: spec for spec in SHIPPED}
+Spec = TypeVar("Spec", TaskSpec, ImageTaskSpec)
+_SPECS: dict[str, TaskSpec | ImageTaskSpec] = {spec.name: spec for spec in SHIPPED}
+_SPECS.update({spec.name: spec for spec in SHIPPED_IMAGES})
+_OWN = frozenset(_SPECS)
 
 
 def names() -> tuple[str, ...]:
@@ -21,7 +26,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_SPECS))
 
 
-def register(spec: TaskSpec) -> TaskSpec:
+def register(spec: Spec) -> Spec:
     r"""Add a task.
 
     Usage: write the rows to ``train.jsonl`` and so on, and say how to read and ask them.
@@ -47,7 +52,7 @@ def register(spec: TaskSpec) -> TaskSpec:
     row that is to be left out.
 
     Args:
-        spec: the task. It replaces one that was registered under the same name before.
+        spec: the task, of text or of images. It replaces one that was registered under the same name before.
 
     Returns:
         The same specification.
@@ -55,7 +60,7 @@ def register(spec: TaskSpec) -> TaskSpec:
     Raises:
         ValueError: the name is that of a task that comes with the library.
     """
-    if any(spec.name == shipped.name for shipped in SHIPPED):
+    if spec.name in _OWN:
         raise ValueError(f"The task {spec.name!r} comes with the library; give this one another name.")
     _SPECS[spec.name] = spec
     return spec
@@ -70,7 +75,7 @@ def task(name: str, data_dir: str | Path | None = None, train_size: int | None =
     compared.
 
     Args:
-        name: one of `names`.
+        name: one of `names`; several image tasks joined by ``+``, as in ``"digits+mnist"``, share one label space.
         data_dir: a folder with the data set's files (or its parent), with the hub's columns; without it the
             rows come from the asset package or the hub.
         train_size: how many training examples to keep, in equal proportion from each class; all when None.
@@ -81,17 +86,25 @@ def task(name: str, data_dir: str | Path | None = None, train_size: int | None =
             range.
         FileNotFoundError: no data; says how to get them.
     """
+    made = joined([_task(one, data_dir) for one in name.split("+")]) if "+" in name else _task(name, data_dir)
+    return made if train_size is None else replace(made, train=made.train.subset(train_size, seed))
+
+
+def _task(name: str, data_dir: str | Path | None) -> Task:
     if name not in _SPECS:
         raise ValueError(f"There is no task {name!r}.{suggestion(name, _SPECS)} names() lists all {len(_SPECS)}.")
     spec = _SPECS[name]
+    if isinstance(spec, ImageTaskSpec):
+        return spec.build(None if data_dir is None else Path(data_dir))
     rows = _read_rows(spec, None if data_dir is None else Path(data_dir))
     examples = {part: _read_examples(spec.reader, part, rows.get(part, [])) for part in spec.split.parts}
     splits = {
         split: Split(split, name, chosen, len(spec.labels)) for split, chosen in spec.split.divide(examples).items()
     }
-    if train_size is not None:
-        splits["train"] = splits["train"].subset(train_size, seed)
-    return Task(name, spec.labels, spec.format, **splits, description=spec.description, licence=spec.licence)
+    tables = {} if data_dir is None else spec.files.tables(Path(data_dir))
+    return Task(
+        name, spec.labels, spec.format, **splits, description=spec.description, licence=spec.licence, tables=tables
+    )
 
 
 def _read_rows(spec: TaskSpec, data_dir: Path | None) -> Parts:
@@ -111,7 +124,7 @@ def _read_rows(spec: TaskSpec, data_dir: Path | None) -> Parts:
 def _read_examples(reader: Reader, part: str, rows: Sequence[Row]) -> list[Example]:
     read = ((row, reader(row)) for row in rows)
     return [
-        example if example.id else dataclasses.replace(example, id=f"{part}/{row.number}")
+        example if example.id else replace(example, id=f"{part}/{row.number}")
         for row, example in read
         if example is not None
     ]

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from pyrolora.models.tasks.example import Row
 
 Parts = dict[str, list[Row]]
@@ -90,6 +92,10 @@ class Files:
                 f"{path.name} holds no part {part!r}: expected {' or '.join(names)}, and it has {sorted(held)}."
             )
         return rows or []
+
+    def tables(self, data_dir: Path) -> dict[str, Tensor]:
+        """Return tensors that all examples share, such as embeddings of items; none for most."""
+        return {}
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+
+from torch import Tensor
 
 from pyrolora.models.tasks.example import Example
 from pyrolora.models.tasks.formats import Format, Verbaliser
@@ -72,6 +74,7 @@ class Task:
         test: to report on, the same whatever the seed and the training size.
         description: what it is, and where its splits come from.
         licence: licence of the data.
+        tables: tensors that all examples share, by name, such as embeddings of items.
     """
 
     name: str
@@ -82,6 +85,7 @@ class Task:
     test: Split
     description: str
     licence: str
+    tables: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,29 @@ from pyrolora.inference.evaluation.gold import compare_to_gold
 from pyrolora.inference.features import FeatureCache
 from pyrolora.inference.laplace import Laplace, LaplacePosterior
 from pyrolora.inference.map import MAP
+from pyrolora.inference.merging import merge
 from pyrolora.inference.nuts import NUTS
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.predictive import Predictive
 from pyrolora.inference.released import ReleasedBLoB
+from pyrolora.inference.retaining import QualityRetaining
 from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.svi import SVI
 from pyrolora.inference.vbll import VBLL
-from pyrolora.models.adapters import S2FT, Adapter, CorDA, FullRank, LastLayer, LoRA, PiSSA, PoLAR, QPiSSA
+from pyrolora.models.adapters import (
+    S2FT,
+    Adapter,
+    CorDA,
+    FullRank,
+    ItemProjector,
+    LastLayer,
+    LoRA,
+    MixtureLoRA,
+    MoEfiedLoRA,
+    PiSSA,
+    PoLAR,
+    QPiSSA,
+)
 from pyrolora.models.backbones import Backbone, load_backbone
 from pyrolora.models.covariance import Covariance
 from pyrolora.models.moments import SecondMoments, second_moments
@@ -33,6 +48,7 @@ from pyrolora.models.program import BayesianModel
 from pyrolora.models.serving import Served, merged
 from pyrolora.models.sites import Site
 from pyrolora.models.tasks import task
+from pyrolora.models.vision import VisionBackbone
 
 __version__ = "0.1.0"
 
@@ -55,6 +71,7 @@ __all__ = [
     "Flat",
     "FullCovariance",
     "FullRank",
+    "ItemProjector",
     "Laplace",
     "LaplacePosterior",
     "LastLayer",
@@ -63,12 +80,15 @@ __all__ = [
     "LowRankPrecision",
     "MatrixNormal",
     "MeanField",
+    "MixtureLoRA",
+    "MoEfiedLoRA",
     "PiSSA",
     "PoLAR",
     "Point",
     "Posterior",
     "Predictive",
     "QPiSSA",
+    "QualityRetaining",
     "Relative",
     "ReleasedBLoB",
     "Report",
@@ -76,12 +96,14 @@ __all__ = [
     "Served",
     "Site",
     "StepStats",
+    "VisionBackbone",
     "build_guide",
     "compare_to_gold",
     "evaluate",
     "learned",
     "load_backbone",
     "logit_scale",
+    "merge",
     "merged",
     "second_moments",
     "task",

