@@ -48,9 +48,15 @@ def fit_head(head: LastLayerHead, factor: Factor, data: HeadData, objective: Obj
         Negative ELBO (or its bound) in nats.
 
     Raises:
-        ValueError: a prior that is no isotropic Normal, or a family without closed-form logit moments.
+        ValueError: a prior that is no isotropic Normal or learns several scales, or a family without closed-form logit
+            moments.
     """
     prior, loss = head.model.prior, 0.0
+    if HEAD in prior.learned_sites and prior.scales[HEAD].dim():
+        raise ValueError(
+            f"The refit of head.weight finds one prior scale, and {prior.scales[HEAD].numel()} are declared. Leave per= out "
+            "of learned(...) there, or fit the last layer with SVI."
+        )
     for _ in range(SCALE_ROUNDS):
         loss = _fit_once(head, factor, data, objective)
         if HEAD not in prior.learned_sites:

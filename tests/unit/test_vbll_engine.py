@@ -26,6 +26,7 @@ from pyrolora.inference.vbll.regression import GaussianObjective
 from pyrolora.models.adapters import Adapter, FullRank, LastLayer, LoRA, PoLAR
 from pyrolora.models.backbones import Backbone
 from pyrolora.models.declarations import declared_prior
+from pyrolora.models.priors import learned as one_a_class
 from pyrolora.models.priors import logit_scale
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import Split
@@ -287,6 +288,11 @@ class TestRefit:
         prior = {**PRIOR, "head.weight": logit_scale(2.0, learned=True)}
         fixed, learned = fit(make()), fit(make(prior=prior))
         assert fixed.record["prior_scale"] != pytest.approx(learned.record["prior_scale"], rel=0.01)
+
+    def test_a_scale_for_each_class_is_refused(self, make):
+        model = make(prior={**PRIOR, "head.weight": one_a_class(0.1, per="class")})
+        with pytest.raises(ValueError, match=r"finds one prior scale, and 3 are declared\. Leave per= out"):
+            fit(model)
 
     def test_prior_scales_are_in_units_of_a_logit(self, make):
         model = make(prior={**PRIOR, "head.weight": logit_scale(3.0)})
