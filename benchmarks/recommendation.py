@@ -50,7 +50,7 @@ def methods(options: argparse.Namespace) -> dict[str, dict[str, object]]:
         "prior": GATED,
         "structure": "full",
         "sites": "gate.weight",
-        "batch_size": 64,
+        "batch_size": 4 * options.batch_size,
         **more,
     }
     bayesian = {"*.lora_*": "Point()", "gate.weight": "MeanField(init_scale=0.05)"}

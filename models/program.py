@@ -87,8 +87,7 @@ class BayesianModel:
                 f"{backbone.name!r} does not read. Use a vision transformer for images, and a language model for text."
             )
         label_ids = None if task.format.kind == "option" else task.format.label_ids(backbone.tokenizer)
-        keep_rows = all(adapter.keeps_label_rows for adapter in self.adapters)
-        self.head = make_head(backbone, task.format, label_ids, keep_rows)
+        self.head = make_head(backbone, task.format, label_ids, all(one.keeps_label_rows for one in self.adapters))
         self.label_ids: tuple[int, ...] = () if label_ids is None else tuple(label_ids)
         self.classes = None if label_ids is None else len(label_ids)
         self.context_keys = tuple(dict.fromkeys(key for adapter in self.adapters for key in adapter.context_keys))

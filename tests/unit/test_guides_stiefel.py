@@ -124,6 +124,19 @@ class TestDraws:
         assert ((draws.square().mean(0) - expected) / 0.05**2).abs().max() < 0.1
         assert (q.variance.sum(-2) > 0).all()
 
+    @pytest.mark.parametrize(("rows", "rank"), [(3, 2), (4, 2)])
+    def test_draws_and_density_are_of_one_distribution(self, rows, rank):
+        """Means of two functions over draws, and over uniform draws weighted by the density."""
+        q = posterior_at(rows, rank, 0.4)
+        draws = q.rsample((60_000,))
+        uniform = uniform_point(60_000, rows, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        weights = q.log_prob(uniform).exp()
+        for function in (lambda z: (q.loc.mT @ z)[:, 1, 0].square(), lambda z: (q.loc.mT @ z)[:, 0, 0]):
+            direct, weighted = function(draws), function(uniform) * weights
+            error = ((direct.var() + weighted.var()) / len(draws)).sqrt()
+            # five standard errors: 1 run in 10^6
+            assert abs(direct.mean() - weighted.mean()) < 5 * error
+
     def test_gradients_are_those_of_finite_differences_even_where_eigenvalues_coincide(self):
         loc = uniform_point(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         target = torch.randn(6, 3, dtype=torch.float64)
