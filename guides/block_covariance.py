@@ -55,11 +55,14 @@ class BlockCovariance(Family):
         if entries > MOST_ENTRIES:
             size = entries * start.element_size()
             raise ValueError(
-                f"BlockCovariance of {site.name!r} would hold {rows} covariances of {weights} x {weights}: "
+                f"{type(self).__name__} of {site.name!r} would hold {rows} covariances of {weights} x {weights}: "
                 f"{size / 2**20:,.0f} MiB, {4 * size / 2**30:.1f} GiB with gradient and Adam's moments. "
                 "Use LowRankPrecision(rank=64), which takes a hundredth."
             )
-        return BlockCovarianceFactor(start, starting_scale(self.init_scale, site, start, prior))
+        return self._factor(start, starting_scale(self.init_scale, site, start, prior))
+
+    def _factor(self, start: Tensor, scale: Tensor) -> "BlockCovarianceFactor":
+        return BlockCovarianceFactor(start, scale)
 
 
 def require_matrix(site: Site, family: str) -> tuple[int, int]:
@@ -191,7 +194,7 @@ class BlockCovarianceFactor(Factor):
         self.lower.copy_(scale_tril.tril(-1) / diagonal[..., None])
         self.log_diag.copy_(diagonal.log())
 
-    def distribution(self) -> BlockNormal:
+    def distribution(self) -> RowNormal:
         """See `Factor.distribution`."""
         return BlockNormal(self.loc, self.scale_tril)
 

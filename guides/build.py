@@ -89,8 +89,9 @@ def resolve(specification: GuideSpecification, sites: SiteTable) -> dict[str, Fa
     points: dict[str, Family] = {name: Point() for name, site in sites.items() if site.prior is not None}
     families: dict[str, Family] = sites.assign(by_pattern(specification), "guide", points)
     for name, family in families.items():
-        if name in points and sites[name].support is not constraints.real and not family.on_manifolds:
-            able = [kind.__name__ for kind in Family.registered.values() if kind.on_manifolds]
+        support = sites[name].support
+        if name in points and support is not constraints.real and not family.fits_manifold(support):
+            able = [kind.__name__ for kind in Family.registered.values() if kind.fits_manifold(support)]
             raise ValueError(
                 f"{type(family).__name__} is a posterior over real numbers, and {name!r} lives on {sites[name].support}. "
                 f"Use {' or '.join(f'{kind}()' for kind in sorted(able))} there, or leave the site out of the patterns."

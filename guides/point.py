@@ -6,7 +6,7 @@ from typing import ClassVar
 import pyro.distributions as dist
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints
 
 from pyrolora.guides.base import Factor, Family
 from pyrolora.models.sites import Site
@@ -21,11 +21,19 @@ class Point(Family):
         SVI(guide={"*.lora_A": BLoB(), "*.lora_B": Point()})
     """
 
-    on_manifolds: ClassVar = True
+    @classmethod
+    def fits_manifold(cls, support: constraints.Constraint) -> bool:
+        """See `Family.fits_manifold`."""
+        return True
 
     def factor(self, site: Site, start: Tensor, prior: TorchDistribution) -> Factor:
         """See `Family.factor`."""
-        return PointFactor(site, start) if site.prior is None else ManifoldPointFactor(site, start)
+        try:
+            biject_to(site.support)
+        except NotImplementedError:
+            # a manifold proper: no unconstrained coordinates, so the engine's steps have to stay on it
+            return ManifoldPointFactor(site, start)
+        return PointFactor(site, start)
 
 
 class PointFactor(Factor):

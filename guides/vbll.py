@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyrolora.guides.block_covariance import BlockNormal
+from pyrolora.guides.class_contrasts import ContrastNormal
 from pyrolora.guides.full_covariance import DenseNormal
 from pyrolora.guides.kronecker import KroneckerDistribution
 from pyrolora.guides.low_rank import LowRankNormal
@@ -60,7 +61,7 @@ def logit_moments(q: Any, features: Tensor) -> LogitMoments:
     """
     raise TypeError(
         f"The logits of a {type(q).__name__} have no closed-form moments. Give head.weight one of BlockCovariance, "
-        "FullCovariance, LowRank, LowRankPrecision, MatrixNormal, MeanField or Point."
+        "ClassContrasts, FullCovariance, LowRank, LowRankPrecision, MatrixNormal, MeanField or Point."
     )
 
 
@@ -92,6 +93,15 @@ def _(q: LowRankPrecisionNormal, features: Tensor) -> LogitMoments:
 @logit_moments.register
 def _(q: BlockNormal, features: Tensor) -> LogitMoments:
     return LogitMoments(features @ q.loc.mT, (features @ q.scale_tril).square().sum(-1).mT)
+
+
+@logit_moments.register
+def _(q: ContrastNormal, features: Tensor) -> LogitMoments:
+    rows = (features @ q.scale_tril).square().sum(-1).mT
+    classes = rows.shape[1]
+    common = rows.sum(-1) / classes**2 + q.shift_scale.square() * features.square().sum(-1)
+    spread = torch.diag_embed(rows) - (rows[:, :, None] + rows[:, None, :]) / classes + common[:, None, None]
+    return LogitMoments(features @ q.loc.mT, spread)
 
 
 @logit_moments.register

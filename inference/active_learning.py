@@ -16,6 +16,7 @@ from pyrolora.inference.engine import Engine
 from pyrolora.inference.evaluation.curves import COLOURS
 from pyrolora.inference.evaluation.metrics import accuracy, negative_log_likelihood
 from pyrolora.inference.evaluation.ood import mutual_information, predictive_entropy
+from pyrolora.inference.picture import Picture
 from pyrolora.inference.posterior import Posterior
 from pyrolora.models.atomic import replacing
 from pyrolora.models.naming import nearest
@@ -211,7 +212,7 @@ def learning_curves(curves: Mapping[str, Sequence[LearningCurve]] | Sequence[Lea
             groups.setdefault(curve.acquisition, []).append(curve)
     if not groups or not all(groups.values()):
         raise ValueError("curves: got none, expected at least one. Run active_learning first.")
-    figure = Figure(figsize=(6.2, 3.7), layout="constrained")
+    figure = Picture(figsize=(6.2, 3.7), layout="constrained")
     axes = figure.add_subplot()
     for index, (name, found) in enumerate(groups.items()):
         labelled = [one.labelled for one in found[0].rounds]

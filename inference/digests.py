@@ -10,7 +10,7 @@ from pyrolora.models.tasks import EncodedSplit
 
 def data_digest(data: EncodedSplit) -> str:
     """Number of rows, and a hash of all tokens, labels and vectors."""
-    digest = hashlib.sha256(repr((data.label_ids, data.labels.tolist())).encode())
+    digest = hashlib.sha256(repr(data.described).encode())
     for row in data.rows:
         digest.update(repr(row).encode())
     if data.vectors:

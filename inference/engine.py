@@ -42,6 +42,7 @@ class StepStats:
         grad_norm: Euclidean norm of all gradients.
         orthogonality_error: of `PoLAR`, the largest ``|X'X - I|_F`` after the step; None without such factors.
         stable_rank: of `PoLAR`, the mean stable rank of the cores after the step; None without them.
+        adversarial: of `MetaTuning`, the weighted divergence of attacked rows, nats per example; None without an attack.
         retained: what `QualityRetaining` adds to the loss, nats per example; None without it.
         gate_entropy: of `MixtureLoRA`, mean entropy of the experts' weights over the mini-batch, nats; None without a gate.
     """
@@ -53,6 +54,7 @@ class StepStats:
     grad_norm: float
     orthogonality_error: float | None = None
     stable_rank: float | None = None
+    adversarial: float | None = None
     retained: float | None = None
     gate_entropy: float | None = None
 

@@ -170,12 +170,16 @@ def require_linear(model: BayesianModel, names: Iterable[str]) -> None:
     for name in names:
         if not model.adapter_sites[name].linear:
             raise ValueError(
-                f"The site {name!r} is not a stack of weights of linear maps, which curvature, linearised predictions and "
-                "noise for each token need. Leave it out with Laplace(sites=...) or give it Point(), and it stays a point."
+                f"The site {name!r} is not a stack of weights of linear maps between a row and its logits, which curvature, "
+                "linearised predictions and noise for each token need. Leave it out with Laplace(sites=...) or give it "
+                "Point(), and it stays a point; in episodes no site is, since a query's logits depend on its whole episode."
             )
 
 
 def split_batch(batch: Mapping[str, Tensor], rows: int) -> list[dict[str, Tensor]]:
-    """A batch in parts of at most ``rows`` rows."""
+    """A batch in parts of at most ``rows`` rows; what is one for all rows, such as how far training is, goes with each."""
     total = row_count(batch)
-    return [{key: value[i : i + rows] for key, value in batch.items()} for i in range(0, total, rows)]
+    return [
+        {key: value[i : i + rows] if value.dim() else value for key, value in batch.items()}
+        for i in range(0, total, rows)
+    ]

@@ -1,6 +1,6 @@
 """Adam over a guide's parameters, whole or only the entries of the blocks that are being trained."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +41,7 @@ class GuideAdam:
         plan: the blocks of each interval, or None to train everything.
         manifold_step: how parameters in the role ``"manifold"`` move; which ones they are is filled in here.
         left_out: ``"<site>/<role>"`` of parameters that others move; they are among `parameters` and not of the optimiser.
+        make: makes another torch optimiser in Adam's place, from groups of parameters.
 
     Raises:
         ValueError: a site of the schedule whose posterior is not a stack of independent blocks.
@@ -54,13 +55,14 @@ class GuideAdam:
         plan: BlockPlan | None = None,
         manifold_step: RiemannianStep | None = None,
         left_out: Collection[str] = (),
+        make: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
     ) -> None:
         self.plan = plan
         groups, others = _groups(guide, rates, left_out)
         own = [parameter for _, _, members in groups for parameter in members]
         # those that are left out come last: positions of the others count only them
         self.parameters: list[nn.Parameter] = [*own, *others]
-        self.adam = torch.optim.Adam([{"params": members, "lr": rate} for _, rate, members in groups], foreach=True)
+        self.adam = make([{"params": members, "lr": rate} for _, rate, members in groups], foreach=True)
         self.peak_rates = [rate for _, rate, _ in groups]
         self._group_of = [number for number, (_, _, members) in enumerate(groups) for _ in members]
         self._roles = [role for role, _, members in groups for _ in members]
@@ -69,6 +71,7 @@ class GuideAdam:
         self._take_step = replace(manifold_step or RiemannianStep(()), parameters=self._points())
         self._resting: dict[Part, dict[str, Tensor]] = {}
         self._interval: int | None = None
+        self._factors = {} if plan is None else plan.gradient_factors()
         self.entries: Entries | None = None
         self.peak_state_bytes = 0
 
@@ -146,8 +149,11 @@ class GuideAdam:
         for (position, entry), tensor in self._tensors.items():
             if entry is not None:
                 gradient = self.parameters[position].grad
-                tensor.grad = None if gradient is None else gradient[entry]
+                tensor.grad = None if gradient is None else gradient[entry] * self._factor(position, entry)
         return [tensor.grad for tensor in self._tensors.values() if tensor.grad is not None]
+
+    def _factor(self, position: int, entry: int) -> float:
+        return self._factors.get(self._sites[position] or "", {}).get(entry, 1.0)
 
     def step(self, factor: float) -> None:
         """One step of Adam along `gradients`, on manifolds a Riemannian one, with the peak rates times a factor."""

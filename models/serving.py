@@ -1,6 +1,6 @@
 """Adapters merged into weights and taken out again, and several adapters on one network in one batch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +25,31 @@ def weight_change(delta: Delta, weight: Tensor) -> Tensor:
     Shape:
         weight and result ``(out, in)``
     """
+    return weight_changes(delta, weight, 1)[0]
+
+
+def weight_changes(delta: Delta, weight: Tensor, runs: int) -> Tensor:
+    """`weight_change` of a delta that differs between equal runs of rows, such as draws or gates, for each of them.
+
+    Args:
+        delta: function of the projection's input.
+        weight: the frozen weight, for its shape and device.
+        runs: number of runs.
+
+    Shape:
+        weight ``(out, in)``; returns ``(runs, out, in)``
+    """
     eye = torch.eye(weight.shape[1], dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
-    return delta(eye[None])[0].mT
+    return delta(eye.expand(runs, -1, -1)).mT
 
 
 @contextmanager
 def merged(
-    model: "BayesianModel", draw: Mapping[str, Tensor], batch: Mapping[str, Tensor] | None = None
+    model: "BayesianModel",
+    draw: Mapping[str, Tensor],
+    batch: Mapping[str, Tensor] | None = None,
+    *,
+    finish: Callable[[str, Tensor], Tensor] | None = None,
 ) -> Iterator[Any]:
     """The network with one draw merged into its weights; afterwards every weight is bit by bit what it was.
 
@@ -47,6 +65,8 @@ def merged(
         model: the model.
         draw: site name -> value of the site's shape.
         batch: one row of what gates read, for an adapter with a gate for each row; the merged network is for that row.
+        finish: function of a module's path and its merged weight that returns the weight to use, such as
+            `pyrolora.models.trimming.Trim.of`; None for the weight itself.
 
     Raises:
         ValueError: an adapter that changes more than projections, gates for no row or for several, or a gate of an output.
@@ -64,7 +84,8 @@ def merged(
             kept[path] = module.weight.detach().clone()
             with torch.no_grad():
                 # added in the sites' type, so that the weight is rounded once
-                module.weight.copy_(module.weight.to(change.dtype) + change)
+                weight = module.weight.to(change.dtype) + change
+                module.weight.copy_(weight if finish is None else finish(path, weight))
         yield network
     finally:
         with torch.no_grad():

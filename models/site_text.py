@@ -6,12 +6,12 @@ from typing import Any
 from pyrolora.models.sites import SiteTable
 
 
-def table_of_sites(sites: SiteTable, priors: Mapping[str, Mapping[str, Any]]) -> str:
-    """One line a site: name, shape, dims, prior, number of weights.
+def site_text(sites: SiteTable, priors: Mapping[str, Mapping[str, Any]]) -> str:
+    """Name, shape, dims, prior and number of weights of every site, a line each: ``site_text(model.sites, prior.to_dict())``.
 
     Args:
         sites: the sites.
-        priors: site name -> description of its prior, as `Prior.to_dict` gives it.
+        priors: site name -> description of its prior; sites left out were sampled by one.
     """
     rows = [("site", "shape", "dims", "prior", "weights")]
     for name, site in sites.items():

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from pyrolora.inference.diagnostics.simulation import SimulationBasedCalibration
 from pyrolora.inference.evaluation.curves import COLOURS
 from pyrolora.inference.evaluation.plots import LABEL_COLOUR
+from pyrolora.inference.picture import Picture
 
 
 def rank_diagram(
@@ -42,7 +43,7 @@ def rank_diagram(
                 f"quantity: {name!r} has no {quantity!r}, expected one of {', '.join(map(repr, one.names))}."
             )
     points, low, high = next(iter(calibrations.values())).band(level)
-    figure = Figure(figsize=(6.2, 3.4), layout="constrained")
+    figure = Picture(figsize=(6.2, 3.4), layout="constrained")
     axes = figure.add_subplot()
     axes.fill_between(points, low - points, high - points, color="0.88", linewidth=0, label=f"{level:.0%} band")
     axes.axhline(0, color=LABEL_COLOUR, linewidth=0.8)

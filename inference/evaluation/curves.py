@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from pyrolora.inference.evaluation.plots import LABEL_COLOUR
 from pyrolora.inference.evaluation.selective import RiskCoverage
+from pyrolora.inference.picture import Picture
 
 # Okabe and Ito's palette without its yellow, which vanishes on white; then the same colours dashed
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -41,7 +42,7 @@ def risk_coverage_diagram(curves: Mapping[str, RiskCoverage], *, risk: float = B
     """
     if not curves:
         raise ValueError("curves: got none, expected at least one. Evaluate a posterior first.")
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    figure = Picture(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.add_subplot()
     for index, (name, curve) in enumerate(curves.items()):
         axes.plot(
@@ -84,7 +85,7 @@ def layer_maps(summaries: Mapping[str, xarray.Dataset]) -> tuple[Figure, NDArray
     shown = [key for key in MAPS if any(key in maps for maps in found.values())]
     tallest = max(len(label) for maps in found.values() for values in maps.values() for label in values.labels)
     rows = [max(len(values.labels) for values in maps.values()) for maps in found.values()]
-    figure = Figure(
+    figure = Picture(
         figsize=(2.9 * len(shown) + 0.07 * tallest, 0.3 * sum(rows) + 0.85 * len(rows) + 0.3), layout="constrained"
     )
     grid = figure.subplots(len(found), len(shown), squeeze=False, gridspec_kw={"height_ratios": rows})

@@ -35,9 +35,16 @@ class GoldRow:
 
 @dataclass(frozen=True)
 class GoldComparison:
-    """A table of `GoldRow`."""
+    """A table of `GoldRow`.
+
+    Attributes:
+        rows: one for each posterior.
+        noise: KL in nats that the gold standard's finite number of draws adds to that of any posterior, on average: a quarter
+            of the KL between its halves, whose difference has four times the variance of the whole's error.
+    """
 
     rows: tuple[GoldRow, ...]
+    noise: float
 
     def __getitem__(self, name: str) -> GoldRow:
         """The row of a posterior."""
@@ -49,6 +56,7 @@ class GoldComparison:
         lines += [
             f"| {row.name} | {row.variance_ratio:.2f} | {row.kl:.5f} | {row.total_variation:.4f} |" for row in self.rows
         ]
+        lines += ["", f"Of each KL about {self.noise:.5f} is the noise of the gold standard's draws."]
         return "\n".join(lines)
 
 
@@ -66,26 +74,42 @@ def compare_to_gold(
     Raises:
         ValueError: a posterior of another network or with other weights below the last layer, which has other features.
     """
-    probs, spread = _logit_statistics(gold, data, seed)
-    rows = []
     for name, posterior in posteriors.items():
         _check_same_features(gold, name, posterior)
-        other, width = _logit_statistics(posterior, data, seed)
-        kl = (probs * (probs.log() - other.log())).sum(-1).mean()
+    features = FeatureCache(None).features(gold.model, gold.mean(), data).values
+    weights = _weights(gold, seed)
+    probs, spread = _logit_statistics(gold, features, weights)
+    halves = [_logit_statistics(gold, features, half)[0] for half in weights.tensor_split(2)]
+    noise = 0.25 * 0.5 * (_divergence(*halves) + _divergence(*reversed(halves)))
+    rows = []
+    for name, posterior in posteriors.items():
+        other, width = _logit_statistics(posterior, features, _weights(posterior, seed))
         distance = 0.5 * (probs - other).abs().sum(-1).mean()
-        rows.append(GoldRow(name, float(width.sum() / spread.sum()), float(kl), float(distance)))
-    return GoldComparison(tuple(rows))
+        rows.append(GoldRow(name, float(width.sum() / spread.sum()), _divergence(probs, other), float(distance)))
+    return GoldComparison(tuple(rows), noise)
+
+
+def _divergence(probs: Tensor, others: Tensor) -> float:
+    """Mean KL over rows of class probabilities, nats."""
+    return float((probs * (probs.log() - others.log())).sum(-1).mean())
 
 
 @torch.no_grad()
-def _logit_statistics(posterior: Posterior, data: Split | EncodedSplit, seed: int) -> tuple[Tensor, Tensor]:
+def _weights(posterior: Posterior, seed: int) -> Tensor:
+    """Draws of the last layer: all that are kept, in the order of the chains, or as many as are enough of a distribution."""
+    kept = getattr(LastLayerHead(posterior.model).factor(posterior.guide), "values", None)
+    if kept is not None:
+        return kept
+    return posterior.sample(DRAWS, generator=torch.Generator().manual_seed(seed))[HEAD]
+
+
+@torch.no_grad()
+def _logit_statistics(posterior: Posterior, features: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Mean probabilities ``(rows, classes)`` and variances of all logit differences ``(rows, classes, classes)``."""
     head = LastLayerHead(posterior.model)
-    features = FeatureCache(None).features(posterior.model, posterior.mean(), data)
-    weights = posterior.sample(DRAWS, generator=torch.Generator().manual_seed(seed))[HEAD]
     # features of many rows times thousands of draws: some rows at a time
     probs, spread = [], []
-    for part in features.values.split(16):
+    for part in features.split(16):
         logits = head.logits(part, weights).double() / posterior.logit_temperature
         probs.append(logits.softmax(-1).mean(0))
         away = logits - logits.mean(0)

@@ -1,14 +1,16 @@
 """The methods that `compare` knows by name: a prior, a guide and an engine each."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from pyrolora.guides.base import Family
 from pyrolora.inference.evaluation.temperature import TemperatureScaling
 from pyrolora.inference.laplace import Laplace
 from pyrolora.inference.map import MAP
+from pyrolora.inference.meta_tuning import MetaTuning
 from pyrolora.inference.nuts import NUTS
+from pyrolora.inference.perturbations import ATTACKS, PERTURBATIONS
 from pyrolora.inference.posterior import KINDS
 from pyrolora.inference.released import ReleasedBLoB
 from pyrolora.inference.retaining import QualityRetaining
@@ -25,7 +27,16 @@ ENGINES = {
     "Laplace": Laplace,
     "VBLL": VBLL,
     "NUTS": NUTS,
+    "MetaTuning": MetaTuning,
     "TemperatureScaling": TemperatureScaling,
+}
+
+# settings that a file declares as text, and what makes them
+DECLARED: dict[str, Mapping[str, Any]] = {
+    "schedule": SCHEDULES,
+    "retaining": {"QualityRetaining": QualityRetaining},
+    "attack": ATTACKS,
+    "perturbation": PERTURBATIONS,
 }
 
 # for posteriors with a width: the prior's scale is the noise that silent weights keep, and this much the network bears
@@ -41,14 +52,19 @@ PAPER = {"objective": "jensen", "mode": "joint", "refit": "none"}
 # orthonormal factors have small entries: a rate ten times LoRA's, as PoLAR's release uses
 FAST = {"learning_rate": 1e-2}
 
+# a member of a pool, on episodes of images; the divergence counts as much as the clean likelihood, which small networks bear
+MEMBER = "PiSSA(rank=8, targets='all-linear')"
+EPISODES = {"steps": 300, "learning_rate": 3e-3, "adversarial_weight": 1.0}
+CLEAN = {"perturbation": "WeightPerturbation('none', 0.0)"}
+
 
 @dataclass(frozen=True)
 class Method:
     """One row of a comparison, as text and numbers that a YAML file can hold.
 
     Attributes:
-        engine: ``"MAP"``, ``"SVI"``, ``"ReleasedBLoB"``, ``"Laplace"``, ``"VBLL"``, ``"NUTS"``, ``"TemperatureScaling"``, or
-            ``"none"`` for the pretrained model.
+        engine: ``"MAP"``, ``"SVI"``, ``"ReleasedBLoB"``, ``"Laplace"``, ``"VBLL"``, ``"NUTS"``, ``"MetaTuning"``,
+            ``"TemperatureScaling"``, or ``"none"`` for the pretrained model.
         prior: declaration of the prior, or ``{glob pattern: declaration}``.
         guide: declaration of the guide, or ``{glob pattern: declaration}``; for SVI and VBLL.
         settings: settings of the engine.
@@ -117,7 +133,8 @@ class Method:
         own["adapters"] = list(self.adapters)
         engine = ENGINES[self.engine]() if self.engine in ENGINES else None
         settings = {key: self.settings.get(key, getattr(engine, key)) for key in sorted(self.setting_names())}
-        return own | settings
+        # an object's representation is the text that declares it
+        return own | {key: repr(value) if is_dataclass(value) else value for key, value in settings.items()}
 
     def make_engine(self, **more: Any) -> Any:
         """The engine with its settings and whatever the experiment adds (seed, checkpoint folder).
@@ -137,10 +154,9 @@ class Method:
             number = isinstance(default, int | float) and not isinstance(default, bool)
             if number and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise ValueError(f"The setting {key!r} of {self.engine} is a number; got {value!r}.")
-        if isinstance(schedule := settings.get("schedule"), str):
-            settings["schedule"] = declared(schedule, SCHEDULES, "schedule")
-        if isinstance(retaining := settings.get("retaining"), str):
-            settings["retaining"] = declared(retaining, {"QualityRetaining": QualityRetaining}, "retaining")
+        for key, makers in DECLARED.items():
+            if isinstance(text := settings.get(key), str):
+                settings[key] = declared(text, makers, key)
         if self.guide is not None:
             guide = self.guide
             if not issubclass(ENGINES[self.engine], SVI):
@@ -176,6 +192,8 @@ METHODS: dict[str, Method] = {
         "VBLL", prior=LAST_LAYER, guide="BlockCovariance()", settings=PAPER, adapters=("LastLayer()",)
     ),
     "vbll_on_map": Method("VBLL", prior=LAST_LAYER, adapters=("LastLayer()",), estimate="map"),
+    "meta_tuning": Method("MetaTuning", prior="Relative(0.1)", settings=EPISODES | CLEAN, adapter=MEMBER),
+    "amt": Method("MetaTuning", prior="Relative(0.1)", settings=EPISODES | {"attack": "PGD(0.03)"}, adapter=MEMBER),
     "nuts_last_layer": Method("NUTS", prior=LAST_LAYER, adapters=("LastLayer()",), estimate="map"),
     "polar_mle": Method("MAP", prior="Flat()", settings=FAST, adapter="PoLAR()"),
     "polar_map": Method("MAP", settings=FAST, adapter="PoLAR()"),

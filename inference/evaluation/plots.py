@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyrolora.inference.evaluation.calibration import STRATEGIES, CalibrationTable
+from pyrolora.inference.picture import Picture
 
 if TYPE_CHECKING:
     from pyrolora.inference.evaluation.report import Report
@@ -70,7 +71,7 @@ def reliability_diagram(
     across = 2 if len(panels) == 4 else min(len(panels), PANELS_PER_LINE)
     down = -(-len(panels) // across)
     # a lone panel needs room for the legend beneath it
-    figure = Figure(figsize=(max(3.0 * across, 3.6) + 0.3, 3.55 * down + 0.4), layout="constrained")
+    figure = Picture(figsize=(max(3.0 * across, 3.6) + 0.3, 3.55 * down + 0.4), layout="constrained")
     grid = figure.add_gridspec(2 * down, across, height_ratios=[4, 1] * down)
     axes = np.empty(len(panels), dtype=object)
     for index, panel in enumerate(panels):

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyrolora.guides import Point, build_guide
 from pyrolora.guides.base import Family, Guide, GuideSpecification, by_pattern
 from pyrolora.guides.block_covariance import MOST_ENTRIES, BlockCovariance
+from pyrolora.guides.class_contrasts import ClassContrasts
 from pyrolora.guides.low_rank_precision import LowRankPrecision
 from pyrolora.inference.features import FeatureCache
 from pyrolora.inference.last_layer import HeadData, LastLayerHead
@@ -26,7 +27,10 @@ from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import EncodedSplit, Split
 
 MODES = ("alternating", "joint")
+HEAD_STEPS = ("adam", "natural")
 REFITS = (*OBJECTIVES, "laplace", "none")
+# bounds that depend on the variance of a shift of all logits
+SHIFTED = ("jensen", "bouchard", "tightest")
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class VBLL(SVI):
     where the data are few; the default trains the network with it, where that does no harm, and refits the head with the
     tilted bound.
 
+    Nearest to the exact posterior is ``VBLL(guide=ClassContrasts(), objective="tilted", refit="mc", objective_draws=256)``.
+
     Source: Harrison, Willes and Snoek, "Variational Bayesian Last Layers", 2024; Xiang, Li and Lu, PoLAR-VBLL, 2026.
 
     Args:
@@ -57,6 +63,9 @@ class VBLL(SVI):
         mode: ``"alternating"`` or ``"joint"``.
         head_learning_rate: Adam's rate for the mean of ``head.weight``, in units of its prior's standard deviation.
         head_steps: head steps for every step of the rest, in alternating mode.
+        head_step: ``"adam"``, or ``"natural"`` for natural gradients, which need no learning rate in the weights' own units
+            (alternating mode, `BlockCovariance` or `ClassContrasts`).
+        natural_rate: length of a natural-gradient step: about one over the number of batches that it averages.
         objective_draws: logit draws of ``"mc"``.
         warm_start: fit the head to the network as it starts before the first step.
         feature_folder: where features of refit and post-training are kept; None keeps none.
@@ -74,6 +83,8 @@ class VBLL(SVI):
     mode: str = field(default="alternating", metadata={"help": ", ".join(MODES)})
     head_learning_rate: float = field(default=0.02, metadata={"help": "rate of the head's mean, in prior deviations"})
     head_steps: int = field(default=5, metadata={"help": "head steps for every step of the rest"})
+    head_step: str = field(default="adam", metadata={"help": ", ".join(HEAD_STEPS)})
+    natural_rate: float = field(default=0.1, metadata={"help": "length of a natural-gradient step of the head"})
     objective_draws: int = field(default=32, metadata={"help": "logit draws of the mc objective"})
     warm_start: bool = field(default=True, metadata={"help": "fit the head before the first step"})
     feature_folder: str | None = field(default=None, metadata={"help": "where features are kept"})
@@ -89,7 +100,7 @@ class VBLL(SVI):
         if self.guide is not None:
             by_pattern(self.guide)
         Objective(self.objective)
-        for name, valid in (("refit", REFITS), ("mode", MODES)):
+        for name, valid in (("refit", REFITS), ("mode", MODES), ("head_step", HEAD_STEPS)):
             value = getattr(self, name)
             if value not in valid:
                 raise ValueError(
@@ -102,6 +113,12 @@ class VBLL(SVI):
             )
         if not self.head_learning_rate > 0:
             raise ValueError(f"head_learning_rate must be positive; got {self.head_learning_rate}. Try 0.02.")
+        if self.head_step == "natural" and self.mode == "joint":
+            raise ValueError(
+                "head_step='natural' takes the head's steps apart from the rest's. Use mode='alternating'."
+            )
+        if not 0 < self.natural_rate <= 1:
+            raise ValueError(f"natural_rate is a length above 0 and at most 1; got {self.natural_rate}. Try 0.1.")
         for name in ("head_steps", "objective_draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
@@ -162,8 +179,29 @@ class VBLL(SVI):
                 raise ValueError(
                     "VBLL needs a Normal posterior of head.weight; got Point(). Use MAP for a point estimate."
                 )
+        for pattern, family in specification.items():
+            if isinstance(family, ClassContrasts) and model.sites[HEAD].matches(pattern):
+                self._check_contrasts(LastLayerHead(model))
         matched = {site.name for pattern in specification for site in model.sites.matching(pattern)}
         return {**specification, **{name: Point() for name in model.sites if name not in matched}}
+
+    def _check_contrasts(self, head: LastLayerHead) -> None:
+        """Refuse `ClassContrasts` where a shift of all classes counts.
+
+        Raises:
+            ValueError: an identified head, or a bound that a shift of all logits changes.
+        """
+        if head.layer.identified:
+            raise ValueError(
+                "ClassContrasts leaves out the shift of all classes, and LastLayer(identified=True) has none. Use "
+                "BlockCovariance() with it, or LastLayer() without."
+            )
+        for name in ("objective", "refit"):
+            if getattr(self, name) in SHIFTED:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is a bound that the variance of a shift of all logits loosens, and "
+                    "ClassContrasts leaves that shift as wide as the prior. Use objective='tilted' and refit='mc'."
+                )
 
     def _on_top(
         self, model: BayesianModel, data: Split | EncodedSplit, estimate: Posterior, progress: bool

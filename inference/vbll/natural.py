@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -49,14 +50,7 @@ class Whitened:
         Raises:
             ValueError: several standard deviations, or one that is not positive.
         """
-        first = float(scale.flatten()[0])
-        if not bool((scale == scale.flatten()[0]).all()):
-            raise ValueError(
-                "The prior of head.weight has several standard deviations; this engine needs one for all weights. Declare "
-                "logit_scale(2.0) or dist.Normal(0., 0.1) there."
-            )
-        if not first > 0:
-            raise ValueError(f"The prior scale of head.weight must be positive; got {first}. Try logit_scale(2.0).")
+        first = isotropic_scale(scale)
         loc, scaled = loc.to(data.inputs), first * data.inputs
         examples, columns = scaled.shape
         if examples < columns:
@@ -65,6 +59,63 @@ class Whitened:
         else:
             basis = torch.eye(columns).to(scaled)
         return Whitened(loc, first, basis, scaled @ basis, data.inputs @ loc.mT)
+
+    def moments(self, rows: "Rows", features: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the rows' products with features, ``(examples, rows)`` each.
+
+        Outside the span of the training features the weights are as the prior has them.
+
+        Shape:
+            features ``(examples, columns)``
+        """
+        scaled = self.scale * features.double()
+        inputs = scaled @ self.basis
+        outside = scaled.square().sum(-1) - inputs.square().sum(-1)
+        roots = rows.roots(self.inputs)
+        solved = torch.linalg.solve_triangular(roots, inputs.mT.expand(len(roots), -1, -1), upper=False)
+        mean = inputs @ rows.mean.mT + features.double() @ self.loc.mT
+        return mean, solved.square().sum(-2).mT + outside.clamp_min(0)[:, None]
+
+
+def isotropic_scale(scale: Tensor) -> float:
+    """The one standard deviation of all weights.
+
+    Raises:
+        ValueError: several, or one that is not positive.
+    """
+    first = float(scale.flatten()[0])
+    if not bool((scale == scale.flatten()[0]).all()):
+        raise ValueError(
+            "The prior of head.weight has several standard deviations; this engine needs one for all weights. Declare "
+            "logit_scale(2.0) or dist.Normal(0., 0.1) there."
+        )
+    if not first > 0:
+        raise ValueError(f"The prior scale of head.weight must be positive; got {first}. Try logit_scale(2.0).")
+    return first
+
+
+class Rows(Protocol):
+    """Normals over the whitened rows, as `optimum` moves them."""
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean, ``(rows, span)``."""
+
+    def roots(self, inputs: Tensor) -> Tensor:
+        """Lower Cholesky factors of the rows' precisions, ``(rows, span, span)``."""
+
+    def divergence(self, roots: Tensor) -> Tensor:
+        """KL to the prior in nats."""
+
+    def moved(self, inputs: Tensor, slope: Tensor, curvature: Tensor, length: float) -> "Rows":
+        """A natural-gradient step.
+
+        Args:
+            inputs: the data's coordinates, ``(examples, span)``.
+            slope: gradient of the objective in the logit means, ``(examples, rows)``.
+            curvature: minus twice that in the logit variances.
+            length: 1 for a whole step.
+        """
 
 
 @dataclass(frozen=True)
@@ -79,16 +130,70 @@ class GaussianRows:
     mean: Tensor
     curvature: Tensor
 
+    @staticmethod
+    def at_prior(white: Whitened) -> "GaussianRows":
+        """What is known before the data."""
+        zero, rows = white.inputs.new_zeros, white.loc.shape[0]
+        return GaussianRows(zero(rows, white.inputs.shape[-1]), zero(len(white.inputs), rows))
+
     def roots(self, inputs: Tensor) -> Tensor:
         """Lower Cholesky factors of the precisions, ``(rows, span, span)``."""
         span = inputs.shape[-1]
         precision = inputs.mT @ (self.curvature.mT[..., None] * inputs)
         return torch.linalg.cholesky(precision + torch.eye(span).to(inputs))
 
+    def divergence(self, roots: Tensor) -> Tensor:
+        """See `Rows.divergence`."""
+        return standard_divergence(self.mean, roots)
+
+    def moved(self, inputs: Tensor, slope: Tensor, curvature: Tensor, length: float) -> "GaussianRows":
+        """See `Rows.moved`: the weights towards the curvature, the mean preconditioned by the new precision."""
+        moved = GaussianRows(self.mean, (1 - length) * self.curvature + length * curvature)
+        pull = (slope.mT @ inputs - self.mean)[..., None]
+        change = torch.cholesky_solve(pull, moved.roots(inputs))[..., 0]
+        return GaussianRows(self.mean + length * change, moved.curvature)
+
+
+@dataclass(frozen=True)
+class BlockRows:
+    """Independent Normals over the whitened rows with dense precisions, which outlive the batch that they were moved by.
+
+    Attributes:
+        mean: ``(rows, span)``.
+        precision: ``(rows, span, span)``.
+    """
+
+    mean: Tensor
+    precision: Tensor
+
+    def roots(self, inputs: Tensor) -> Tensor:
+        """See `Rows.roots`."""
+        return torch.linalg.cholesky(self.precision)
+
+    def divergence(self, roots: Tensor) -> Tensor:
+        """See `Rows.divergence`."""
+        return standard_divergence(self.mean, roots)
+
+    def target(self, seen: Tensor) -> Tensor:
+        """The precisions at which the gradient vanishes, given those that the data add."""
+        return torch.eye(seen.shape[-1]).to(seen) + seen
+
+    def counted(self, rows: Tensor) -> Tensor:
+        """The part of a change of the mean that counts."""
+        return rows
+
+    def moved(self, inputs: Tensor, slope: Tensor, curvature: Tensor, length: float) -> "BlockRows":
+        """See `Rows.moved`: the precision towards its target, the mean preconditioned by the new one."""
+        target = self.target(inputs.mT @ (curvature.mT[..., None] * inputs))
+        precision = torch.lerp(self.precision, 0.5 * (target + target.mT), length)
+        pull = slope.mT @ inputs - self.counted(self.mean)
+        change = torch.cholesky_solve(pull[..., None], torch.linalg.cholesky(precision))[..., 0]
+        return type(self)(self.mean + length * self.counted(change), precision)
+
 
 @dataclass(frozen=True)
 class _State:
-    rows: GaussianRows
+    rows: Any
     roots: Tensor
     loss: float
     slope: Tensor
@@ -104,12 +209,13 @@ def optimum(
     steps: int = 60,
     tolerance: float = 1e-10,
     polish_steps: int = 1000,
-    start: GaussianRows | None = None,
-) -> tuple[GaussianRows, float]:
-    """Minimise ``KL - sum_n objective_n`` over Normals that factorise over rows; the loss never rises.
+    start: Rows | None = None,
+) -> tuple[Any, float]:
+    """Minimise ``KL - sum_n objective_n`` over Normals of the start's kind; the loss never rises.
 
-    A step of length r is ``l <- (1 - r) l + r w`` and ``mean <- mean + r S (X' g - mean)``, with g the gradient of the
-    objective in the logit mean and w minus twice that in its variance. For a Gaussian likelihood one full step is exact.
+    For independent rows a step of length r is ``l <- (1 - r) l + r w`` and ``mean <- mean + r S (X' g - mean)``, with g the
+    gradient of the objective in the logit mean and w minus twice that in its variance. For a Gaussian likelihood one full
+    step is exact.
 
     Source: Khan and Rue, "The Bayesian Learning Rule", 2023; Opper and Archambeau, "The variational Gaussian approximation
     revisited", 2009, for the N weights that hold the covariance.
@@ -121,21 +227,20 @@ def optimum(
         objective: what to maximise; ``"mc"`` with common random numbers.
         steps: natural-gradient steps at most.
         tolerance: relative decrease of the loss at which to stop.
-        polish_steps: L-BFGS steps at most, where the others have not converged: Jensen's bound has a direction, the shift of
-            all classes, along which natural gradients crawl.
-        start: where to start; the prior by default.
+        polish_steps: L-BFGS steps at most, where `GaussianRows` have not converged: Jensen's bound has a direction, the shift
+            of all classes, along which natural gradients crawl.
+        start: where to start, and of which kind; independent rows as in the prior by default.
 
     Returns:
         The optimum and its loss in nats.
     """
-    rows, examples = white.loc.shape[0], len(data)
-    zero = data.inputs.new_zeros
-    first = start or GaussianRows(zero(rows, white.inputs.shape[-1]), zero(examples, rows))
-    state, length, small = _evaluate(data, white, complete, objective, first), 1.0, 0
+    state = _evaluate(data, white, complete, objective, start or GaussianRows.at_prior(white))
+    length, small = 1.0, 0
     taken = 0
     for taken in range(1, steps + 1):  # noqa: B007 - reported below
         for _ in range(MOST_HALVINGS):
-            tried = _evaluate(data, white, complete, objective, _moved(white, state, length))
+            moved = state.rows.moved(white.inputs, state.slope, state.curvature, length)
+            tried = _evaluate(data, white, complete, objective, moved)
             if tried.loss <= state.loss:
                 break
             length /= 2
@@ -147,7 +252,7 @@ def optimum(
         if small == 3:
             break
     else:
-        if polish_steps:
+        if polish_steps and isinstance(state.rows, GaussianRows):
             state = _polish(data, white, complete, objective, state, polish_steps, tolerance)
     logger.debug("natural gradient: %d steps, loss %.6f", taken, state.loss)
     return state.rows, state.loss
@@ -189,16 +294,7 @@ def _polish(
     return found if found.loss < state.loss else state
 
 
-def _moved(white: Whitened, state: _State, length: float) -> GaussianRows:
-    """One step, the mean preconditioned by the new precision."""
-    curvature = (1 - length) * state.rows.curvature + length * state.curvature
-    moved = replace(state.rows, curvature=curvature)
-    pull = (state.slope.mT @ white.inputs - state.rows.mean)[..., None]
-    change = torch.cholesky_solve(pull, moved.roots(white.inputs))[..., 0]
-    return replace(moved, mean=state.rows.mean + length * change)
-
-
-def _evaluate(data: HeadData, white: Whitened, complete: Complete, objective: Likelihood, rows: GaussianRows) -> _State:
+def _evaluate(data: HeadData, white: Whitened, complete: Complete, objective: Likelihood, rows: Rows) -> _State:
     roots = rows.roots(white.inputs)
     mean = (white.inputs @ rows.mean.mT + white.offset).requires_grad_()
     solved = torch.linalg.solve_triangular(roots, white.inputs.mT.expand(len(roots), -1, -1), upper=False)
@@ -206,7 +302,7 @@ def _evaluate(data: HeadData, white: Whitened, complete: Complete, objective: Li
     with torch.enable_grad(), seeded(COMMON, data.inputs.device):
         likelihood = data.weight * objective(complete(LogitMoments(mean, variance), data.offset), data.labels).sum()
     slope, towards = torch.autograd.grad(likelihood, (mean, variance))
-    loss = float(standard_divergence(rows.mean, roots) - likelihood.detach())
+    loss = float(rows.divergence(roots) - likelihood.detach())
     # a bound is concave in the variance's direction of less certainty; sampling may break that by a rounding error
     return _State(rows, roots, loss, slope, (-2 * towards).clamp_min(0))
 

@@ -12,10 +12,12 @@ from torch.distributions import kl_divergence
 
 from pyrolora.guides.base import Factor
 from pyrolora.guides.block_covariance import BlockCovarianceFactor
+from pyrolora.guides.class_contrasts import ClassContrastsFactor
 from pyrolora.guides.low_rank_precision import LowRankPrecisionFactor
 from pyrolora.guides.vbll import LogitMoments, logit_moments
 from pyrolora.inference.last_layer import HeadData, LastLayerHead
-from pyrolora.inference.vbll.natural import COMMON, GaussianRows, Whitened, optimum
+from pyrolora.inference.vbll.contrasts import ContrastRows
+from pyrolora.inference.vbll.natural import COMMON, GaussianRows, Rows, Whitened, optimum
 from pyrolora.inference.vbll.objectives import Objective
 from pyrolora.models.adapters.last_layer import HEAD
 from pyrolora.models.randomness import seeded
@@ -25,13 +27,16 @@ logger = logging.getLogger(__name__)
 # rounds of fit and prior update, and the relative change of the scale at which they stop
 SCALE_ROUNDS, SCALE_TOLERANCE = 20, 0.01
 LBFGS_STEPS = 300
+# natural-gradient steps over contrasts, which no L-BFGS follows
+CONTRAST_STEPS = 300
 
 
 def fit_head(head: LastLayerHead, factor: Factor, data: HeadData, objective: Objective) -> float:
     """Put a factor of ``head.weight`` at the optimum of an objective, and a learned prior scale at its own.
 
     `BlockCovariance`, and `LowRankPrecision` with a rank of at least the data's span, hold the optimum of every factorised
-    posterior, which natural-gradient steps find; other families go on from there by L-BFGS on their own parameters.
+    posterior, and `ClassContrasts` its own, which natural-gradient steps find; other families go on from there by L-BFGS on
+    their own parameters.
 
     Args:
         head: the last layer.
@@ -43,9 +48,15 @@ def fit_head(head: LastLayerHead, factor: Factor, data: HeadData, objective: Obj
         Negative ELBO (or its bound) in nats.
 
     Raises:
-        ValueError: a prior that is no isotropic Normal, or a family without closed-form logit moments.
+        ValueError: a prior that is no isotropic Normal or learns several scales, or a family without closed-form logit
+            moments.
     """
     prior, loss = head.model.prior, 0.0
+    if HEAD in prior.learned_sites and prior.scales[HEAD].dim():
+        raise ValueError(
+            f"The refit of head.weight finds one prior scale, and {prior.scales[HEAD].numel()} are declared. Leave per= out "
+            "of learned(...) there, or fit the last layer with SVI."
+        )
     for _ in range(SCALE_ROUNDS):
         loss = _fit_once(head, factor, data, objective)
         if HEAD not in prior.learned_sites:
@@ -60,7 +71,11 @@ def fit_head(head: LastLayerHead, factor: Factor, data: HeadData, objective: Obj
 
 def _fit_once(head: LastLayerHead, factor: Factor, data: HeadData, objective: Objective) -> float:
     white = Whitened.of(data, *head.normal_prior())
-    rows, loss = optimum(data, white, head.complete, objective)
+    if isinstance(factor, ClassContrastsFactor):
+        start = ContrastRows.at_prior(white)
+        rows, loss = optimum(data, white, head.complete, objective, steps=CONTRAST_STEPS, start=start)
+    else:
+        rows, loss = optimum(data, white, head.complete, objective)
     if not place(factor, white, rows):
         loss = polish(head, factor, data, objective)
     return loss
@@ -96,7 +111,7 @@ def _plain(mean: Tensor) -> LogitMoments:
 
 
 @torch.no_grad()
-def place(factor: Factor, white: Whitened, rows: GaussianRows, keep_mean: bool = False) -> bool:
+def place(factor: Factor, white: Whitened, rows: Rows, keep_mean: bool = False) -> bool:
     """Write whitened Normals into a factor, as nearly as its family can hold them.
 
     Args:
@@ -116,8 +131,11 @@ def place(factor: Factor, white: Whitened, rows: GaussianRows, keep_mean: bool =
         span = torch.cholesky_inverse(roots) - torch.eye(roots.shape[-1]).to(roots)
         covariance = white.basis @ span @ white.basis.mT + torch.eye(len(white.basis)).to(roots)
         factor.set_scale_tril(white.scale * torch.linalg.cholesky(covariance))
+        if isinstance(factor, ClassContrastsFactor):
+            # the common part of the classes is as in the prior
+            factor.set_shift_scale(white.scale / len(rows.mean) ** 0.5)
         return True
-    if isinstance(factor, LowRankPrecisionFactor):
+    if isinstance(factor, LowRankPrecisionFactor) and isinstance(rows, GaussianRows):
         weighted = white.inputs.mT @ (rows.curvature.mT[..., None] * white.inputs)
         values, vectors = torch.linalg.eigh(weighted)
         kept = min(factor.factor.shape[-1], values.shape[-1])

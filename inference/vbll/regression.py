@@ -48,14 +48,8 @@ class RegressionPosterior:
 
     def predict(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of new outputs, noise included, ``(examples, outputs)`` each."""
-        scaled = self.white.scale * features.double()
-        inputs = scaled @ self.white.basis
-        # outside the span of the training features the weights are as the prior has them
-        outside = scaled.square().sum(-1) - inputs.square().sum(-1)
-        roots = self.rows.roots(self.white.inputs)
-        solved = torch.linalg.solve_triangular(roots, inputs.mT.expand(len(roots), -1, -1), upper=False)
-        variance = solved.square().sum(-2).mT + outside.clamp_min(0)[:, None]
-        return inputs @ self.rows.mean.mT, variance + self.noise.square()
+        mean, variance = self.white.moments(self.rows, features)
+        return mean, variance + self.noise.square()
 
 
 @dataclass(frozen=True)
@@ -95,13 +89,7 @@ class Regression:
         Raises:
             ValueError: shapes that do not fit, or values that are not finite.
         """
-        if targets.dim() != 2 or len(targets) != len(features):
-            raise ValueError(
-                f"Targets of shape {tuple(targets.shape)} do not fit {len(features)} rows of features; expected "
-                f"({len(features)}, outputs). Write targets[:, None] for one output."
-            )
-        check_features(features, None, 0)
-        check_features(targets, None, 0)
+        check_regression(features, targets)
         data = HeadData(features.double(), torch.zeros_like(targets).double(), targets.double())
         shape = (targets.shape[1], features.shape[1])
         zero = data.inputs.new_zeros(shape)
@@ -119,6 +107,21 @@ class Regression:
             if bool(((noise / before).log().abs() < NOISE_TOLERANCE).all()):
                 break
         return posterior
+
+
+def check_regression(features: Tensor, targets: Tensor) -> None:
+    """Refuse features and targets that no regression can be fitted to.
+
+    Raises:
+        ValueError: shapes that do not fit, or values that are not finite.
+    """
+    if targets.dim() != 2 or len(targets) != len(features):
+        raise ValueError(
+            f"Targets of shape {tuple(targets.shape)} do not fit {len(features)} rows of features; expected "
+            f"({len(features)}, outputs). Write targets[:, None] for one output."
+        )
+    check_features(features, None, 0)
+    check_features(targets, None, 0)
 
 
 def _outputs(moments: LogitMoments, offset: Tensor) -> LogitMoments:

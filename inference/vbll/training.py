@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pyrolora.guides.block_covariance import BlockCovarianceFactor
 from pyrolora.inference.last_layer import HeadData, LastLayerHead
 from pyrolora.inference.training import TrainingRun
 from pyrolora.inference.vbll.likelihood import CollapsedProgram
+from pyrolora.inference.vbll.natural_step import natural_step
 from pyrolora.inference.vbll.objectives import Objective
 from pyrolora.inference.vbll.refit import fit_head
 from pyrolora.models.adapters.last_layer import HEAD
@@ -26,7 +28,7 @@ class LastLayerRun(TrainingRun):
     """A `TrainingRun` whose likelihood has the last layer integrated out.
 
     In alternating mode a step first moves the head a few times on the batch's features, detached, then the rest once with the
-    head held still; in joint mode both move by one backward.
+    head held still; in joint mode both move by one backward. The head's own steps are Adam's or natural gradients'.
 
     Args:
         engine: the settings.
@@ -52,6 +54,12 @@ class LastLayerRun(TrainingRun):
         super().__init__(engine, model, data, generator=generator, start=start)
         self.objective = Objective(engine.objective, engine.objective_draws)
         self.program = CollapsedProgram(self.head, self.guide, self.objective)
+        if engine.head_step == "natural" and not isinstance(self.head.factor(self.guide), BlockCovarianceFactor):
+            family = type(self.head.factor(self.guide).family).__name__
+            raise ValueError(
+                f"head_step='natural' moves dense precisions, and the guide of head.weight is a {family}. Use "
+                "guide=BlockCovariance() or ClassContrasts(), or head_step='adam'."
+            )
         self.head_parameters: list[nn.Parameter] = list(self.head.factor(self.guide).parameters())
         if self.step == 0 and engine.warm_start:
             self._warm_up()
@@ -87,6 +95,9 @@ class LastLayerRun(TrainingRun):
         alternating = self.engine.mode == "alternating"
         if alternating:
             for _ in range(self.engine.head_steps):
+                if self.engine.head_step == "natural":
+                    self._natural_step(batch, features.detach())
+                    continue
                 self._elbo(batch, features.detach())
                 # the rest's gradients here are the KL's alone, and their turn comes below
                 for parameter in self.parameters:
@@ -102,6 +113,12 @@ class LastLayerRun(TrainingRun):
             for parameter in self.head_parameters:
                 parameter.grad = None
         return loss
+
+    def _natural_step(self, batch: Mapping[str, Tensor], features: Tensor) -> None:
+        double, labels = features.double(), batch["labels"].to(features.device)
+        weight = len(self.data) / len(labels) / self.engine.kl_weight
+        data = HeadData(self.head.inputs(double), self.head.offset(double), labels, weight)
+        natural_step(self.head, self.head.factor(self.guide), data, self.objective, self.engine.natural_rate)
 
     def _in_head(self, parameter: Tensor) -> bool:
         return any(parameter is other for other in self.head_parameters)

@@ -10,6 +10,7 @@ from pyrolora.models.adapters.mixture import MixtureLoRA
 from pyrolora.models.adapters.moefied import MoEfiedLoRA
 from pyrolora.models.adapters.pissa import PiSSA
 from pyrolora.models.adapters.polar import PoLAR
+from pyrolora.models.adapters.pool import LoRAPool
 from pyrolora.models.adapters.quantised import QPiSSA
 from pyrolora.models.adapters.s2ft import S2FT
 
@@ -21,6 +22,7 @@ __all__ = [
     "ItemProjector",
     "LastLayer",
     "LoRA",
+    "LoRAPool",
     "MixtureLoRA",
     "MoEfiedLoRA",
     "PiSSA",

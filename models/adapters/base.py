@@ -34,6 +34,8 @@ class Adapter(ABC):
     registered: ClassVar[dict[str, type["Adapter"]]] = {}
     # whether `deltas` map every position by itself, so that the last block may run at the answer alone
     by_position: ClassVar[bool] = False
+    # whether `constants` look at the task's examples; those that do not are made once for a backbone
+    reads_examples: ClassVar[bool] = True
 
     def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -84,6 +86,18 @@ class Adapter(ABC):
             backbone: the frozen network.
             sites: what `sites` returned.
             calibration: examples of the model's own task, for adapters that look at data.
+        """
+        return {}
+
+    def centres(self, sites: Sequence[Site], constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is added to a site's value to make the factor itself, for sites that are changes; nothing for most.
+
+        Args:
+            sites: what `sites` returned.
+            constants: what `constants` returned.
+
+        Returns:
+            Site name -> tensor of the site's shape.
         """
         return {}
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from pyrolora.models.active_entries import stack_entries
 from pyrolora.models.adapters.base import site_linear
+from pyrolora.models.adapters.gated import RankGate, gated
 from pyrolora.models.adapters.lora import LoRA, lora_config, stored_weight, weight_norms
 from pyrolora.models.backbones import Backbone, Delta
 from pyrolora.models.naming import nearest
@@ -87,6 +88,7 @@ class CentredLowRank(LoRA, abstract=True):
     def deltas(self, sites: Sequence[Site], draw: Mapping[str, Tensor]) -> dict[str, Delta]:
         """See `Adapter.deltas`."""
         changes: dict[str, Delta] = {}
+        gate = self.rank_gate(draw)
         for site in _of_a(sites):
             other = up_name(site)
             starts = [draw[name].unbind(0) for name in start_names(site)]
@@ -97,8 +99,18 @@ class CentredLowRank(LoRA, abstract=True):
             for entry, path in enumerate(site.modules):
                 names, start = (site.name, other), (starts[0][entry], starts[1][entry])
                 inner = self.form == "difference"
-                changes[path] = _CentredDelta(*start, downs[entry], ups[entry], self.scaling, inner, names, entry)
+                changes[path] = _CentredDelta(*start, downs[entry], ups[entry], self.scaling, inner, names, entry, gate)
         return changes
+
+    def centres(self, sites: Sequence[Site], constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `Adapter.centres`: A0 and B0, except where B itself is the site."""
+        found = {}
+        for site in _of_a(sites):
+            a, b = (constants[name] for name in start_names(site))
+            found[site.name] = a
+            if self.form == "difference":
+                found[up_name(site)] = b
+        return {} if self.form == "subspace" else found
 
     def relative_scales(
         self, backbone: Backbone, sites: Sequence[Site], constants: Mapping[str, Tensor], ratio: float
@@ -162,12 +174,19 @@ class CentredLowRank(LoRA, abstract=True):
             for name, factor in ((site.name, "lora_A"), (up_name(site), "lora_B")):
                 for path, value in zip(site.modules, converted[name].unbind(0), strict=True):
                     weights[f"base_model.model.{path}.{factor}.weight"] = value
-        rank = self.rank * (2 if self.form == "difference" else 1)
-        return {**lora_config(sites), "r": rank, "lora_alpha": self.scaling * rank}, weights
+        adapted = _of_a(sites)
+        return {**lora_config(adapted), "r": self.peft_rank, "lora_alpha": self.scaling * self.peft_rank}, weights
+
+    @property
+    def peft_rank(self) -> int:
+        """Rank of the products that `as_lora` makes."""
+        return self.rank * (2 if self.form == "difference" else 1)
 
 
 @dataclass(frozen=True)
 class _CentredDelta:
+    """The change of one projection; factors of several members side by side along the rank share one (A0, B0)."""
+
     down_start: Tensor
     up_start: Tensor
     down: Tensor
@@ -176,13 +195,20 @@ class _CentredDelta:
     through_start: bool
     names: tuple[str, str]
     entry: int
+    gate: RankGate = None
 
     def __call__(self, rows: Tensor) -> Tensor:
         narrow = site_linear(rows, self.down, self.names[0], self.entry) * self.scale
-        change = functional.linear(narrow, self.up_start)
+        members = narrow.shape[-1] // self.down_start.shape[-2]
+        held = narrow if self.gate is None else gated(narrow, self.gate)
+        if members > 1:
+            held = held.unflatten(-1, (members, -1)).sum(-2)
+        change = functional.linear(held, self.up_start)
         if self.up is not None:
             if self.through_start:
-                narrow = narrow + functional.linear(rows.to(narrow.dtype), self.down_start) * self.scale
+                start = functional.linear(rows.to(narrow.dtype), self.down_start) * self.scale
+                narrow = narrow + (start.repeat(1, 1, members) if members > 1 else start)
+            narrow = narrow if self.gate is None else gated(narrow, self.gate)
             change = change + site_linear(narrow, self.up, self.names[1], self.entry)
         return change.to(rows.dtype)
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -65,6 +65,8 @@ class MoEfiedLoRA(Adapter):
     Raises:
         ValueError: a setting out of range.
     """
+
+    reads_examples: ClassVar = False
 
     rank: int = field(default=4, metadata={"help": "inner dimension of the products B A"})
     experts: int = field(default=16, metadata={"help": "groups of hidden channels; 1 for none"})

@@ -14,11 +14,16 @@ from pyrolora.models.adapters.lora import lora_config, stored_weight, weight_nor
 from pyrolora.models.adapters.selection import STRATEGIES, HeadShape, Selection, role_of
 from pyrolora.models.adapters.targets import find_projections
 from pyrolora.models.backbones import Backbone, Delta
+from pyrolora.models.calibration import calibration_batches
+from pyrolora.models.moments import second_moments
 from pyrolora.models.naming import nearest
 from pyrolora.models.sites import Site
 
 if TYPE_CHECKING:
     from pyrolora.models.calibration import Calibration
+
+
+SHAPES = ("weight", "output")
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,12 @@ class S2FT(Adapter):
         seed: seeds the choice.
         samples: rows of calibration text.
         calibration: text file or task; None for the model's own training prompts.
+        relative_to: what the scales of a `Relative` prior are shaped by: ``"weight"`` lets each slice change in proportion to
+            its own norm, ``"output"`` lets each change the output equally on calibration text (``sigma_j`` in proportion to
+            ``1 / rms(h_j)`` for a column with input h_j), so that channels which are silent may change most.
 
     Raises:
-        ValueError: an unknown strategy, or counts below 1.
+        ValueError: an unknown strategy or shape of scales, or counts below 1.
     """
 
     by_position: ClassVar = True
@@ -68,8 +76,18 @@ class S2FT(Adapter):
     samples: int = field(default=64, metadata={"help": "rows of calibration text"})
     calibration: str | None = field(default=None, metadata={"help": "text file or task; None for the model's own task"})
 
+    relative_to: str = field(
+        default="weight",
+        metadata={"help": "shape of a Relative prior: in proportion to 'weight', or equal at the 'output'"},
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.relative_to not in SHAPES:
+            raise ValueError(
+                f"Unknown relative_to {self.relative_to!r}. Did you mean {nearest(self.relative_to, SHAPES)!r}? "
+                f"Choices: {', '.join(SHAPES)}."
+            )
         if self.select not in STRATEGIES:
             raise ValueError(
                 f"Unknown selection {self.select!r}. Did you mean {nearest(self.select, STRATEGIES)!r}? "
@@ -121,7 +139,8 @@ class S2FT(Adapter):
         """See `Adapter.constants`: the chosen features of every block, in the network's own order.
 
         ``<site>.index`` holds the positions of columns ``(layers, width)``; for rows it holds for each output feature which
-        row of the site changes it, ``(layers, out)``, the width itself marking none.
+        row of the site changes it, ``(layers, out)``, the width itself marking none. With ``relative_to="output"``
+        ``<site>.mean_square`` holds the mean square of the chosen columns' inputs ``(layers, width)``.
         """
         wanted = {unit: self.channels if unit == "channel" else self.heads for unit in {_role(s)[0] for s in sites}}
         selection = Selection(self.select, self.largest, self.seed, self.samples, self.calibration)
@@ -142,7 +161,28 @@ class S2FT(Adapter):
                     features = positions
                 stacks.append(features)
             found[f"{site.name}.index"] = torch.stack(stacks).to(backbone.device)
+        if self.relative_to == "output":
+            found |= self._mean_squares(backbone, [s for s in sites if _role(s)[1] == "in"], found, calibration)
         return found
+
+    def _mean_squares(
+        self,
+        backbone: Backbone,
+        sites: Sequence[Site],
+        indices: Mapping[str, Tensor],
+        calibration: "Calibration | None",
+    ) -> dict[str, Tensor]:
+        paths = [path for site in sites for path in site.modules]
+        if not paths:
+            return {}
+        batches = calibration_batches(backbone, self.calibration, calibration, self.samples, self.seed)
+        moments = second_moments(backbone, batches, paths, diagonal=True)
+        return {
+            f"{site.name}.mean_square": torch.stack(
+                [moments[path][index] for path, index in zip(site.modules, indices[f"{site.name}.index"], strict=True)]
+            )
+            for site in sites
+        }
 
     def deltas(self, sites: Sequence[Site], draw: Mapping[str, Tensor]) -> dict[str, Delta]:
         """See `Adapter.deltas`."""
@@ -159,7 +199,8 @@ class S2FT(Adapter):
     ) -> dict[str, Tensor]:
         """See `Adapter.relative_scales`: each slice in proportion to the slice of W that it changes.
 
-        ``sigma_j = tau |W_j| / sqrt(out)`` for a column, with tau such that all chosen ones together reach the ratio.
+        ``sigma_j = tau |W_j| / sqrt(out)`` for a column, or ``tau / rms(h_j)`` with ``relative_to="output"`` (rows, which
+        read the same input, are equal then), with tau such that all chosen ones together reach the ratio.
         """
         scales = {}
         for site in sites:
@@ -169,11 +210,19 @@ class S2FT(Adapter):
                 weight = stored_weight(backbone, path)
                 slices = (weight.mT if columns else weight)[_features(index, _role(site)[1], site)]
                 sides.append(torch.linalg.vector_norm(slices, dim=-1))
-            norms = torch.stack(sides)
+            norms = torch.stack(sides) if self.relative_to == "weight" else self._equal_at_the_output(site, constants)
             tau = ratio * weight_norms(backbone, site)[..., 0] / torch.linalg.vector_norm(norms, dim=1, keepdim=True)
             scale = tau * norms / site.shape[1 if columns else 2] ** 0.5
             scales[site.name] = scale[:, None] if columns else scale[..., None]
         return scales
+
+    def _equal_at_the_output(self, site: Site, constants: Mapping[str, Tensor]) -> Tensor:
+        if _role(site)[1] == "out":
+            return torch.ones(site.shape[:2]).to(constants[f"{site.name}.index"].device)
+        squares = constants[f"{site.name}.mean_square"]
+        # a channel that is never active has no scale of its own; the least active of its layer lends its one
+        least = torch.where(squares > 0, squares, torch.inf).amin(1, keepdim=True)
+        return torch.where(squares > 0, squares, least).rsqrt()
 
     def to_peft(
         self, backbone: Backbone, sites: Sequence[Site], draw: Mapping[str, Tensor], constants: Mapping[str, Tensor]

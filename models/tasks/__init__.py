@@ -1,6 +1,16 @@
 """Prompts, labels and splits: one task is one data set with one way to ask the question."""
 
-from pyrolora.models.tasks.batching import EncodedSplit, encode, row_count
+from pyrolora.models.tasks.augmentation import Augmentation
+from pyrolora.models.tasks.batching import EncodedSplit, encode, independent_rows, row_count
+from pyrolora.models.tasks.episodes import (
+    EncodedEpisodes,
+    EpisodeClasses,
+    EpisodeSplit,
+    SupportEpisodes,
+    encode_episodes,
+    episodic,
+    support_of,
+)
 from pyrolora.models.tasks.example import Example, Row
 from pyrolora.models.tasks.formats import Format, Letter, OptionScoring, Verbaliser
 from pyrolora.models.tasks.image_sources import Folders, ImageHub, Omniglot, PixelTable
@@ -13,8 +23,12 @@ from pyrolora.models.tasks.splitting import SplitRule
 from pyrolora.models.tasks.task import Split, Task, TaskSpec
 
 __all__ = [
+    "Augmentation",
+    "EncodedEpisodes",
     "EncodedImages",
     "EncodedSplit",
+    "EpisodeClasses",
+    "EpisodeSplit",
     "Example",
     "Files",
     "Folders",
@@ -32,17 +46,22 @@ __all__ = [
     "Row",
     "Split",
     "SplitRule",
+    "SupportEpisodes",
     "Task",
     "TaskSpec",
     "Verbaliser",
     "blank_reader",
     "choice_reader",
     "encode",
+    "encode_episodes",
     "encode_images",
+    "episodic",
+    "independent_rows",
     "joined",
     "names",
     "register",
     "row_count",
+    "support_of",
     "task",
     "text_reader",
 ]

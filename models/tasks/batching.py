@@ -111,7 +111,7 @@ class EncodedSplit:
 
     Args:
         name: task and split, for messages.
-        kind: "label", "option" or "image".
+        kind: "label", "option", "image" or "episode".
         rows: token ids of each example.
         labels: class, or position of the right option, of each example.
         classes: number of classes, or K.
@@ -122,7 +122,7 @@ class EncodedSplit:
     """
 
     name: str
-    kind: Literal["label", "option", "image"]
+    kind: Literal["label", "option", "image", "episode"]
     rows: tuple[EncodedRow, ...]
     labels: Tensor
     classes: int
@@ -133,6 +133,11 @@ class EncodedSplit:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def described(self) -> tuple[object, ...]:
+        """What beside its rows makes two splits the same data, for digests."""
+        return self.label_ids, self.labels.tolist()
 
     @property
     def lengths(self) -> Tensor:
@@ -300,6 +305,11 @@ class EncodedSplit:
 def row_count(batch: Mapping[str, Tensor]) -> int:
     """Number of examples of a batch of texts or of images."""
     return batch["input_ids" if "input_ids" in batch else "pixel_values"].shape[0]
+
+
+def independent_rows(batch: Mapping[str, Tensor]) -> int:
+    """Number of runs of rows that may each have a draw of weights of its own: examples, or whole episodes."""
+    return batch["support_labels"].shape[0] if "support_labels" in batch else row_count(batch)
 
 
 def _check_size(size: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pyrolora.models.recommendation.task import next_item_specs
-from pyrolora.models.tasks.example import Example
+from pyrolora.models.tasks.example import Example, Row
 from pyrolora.models.tasks.formats import Letter, OptionScoring, Verbaliser
 from pyrolora.models.tasks.packages import read_headlines, read_tweets
 from pyrolora.models.tasks.readers import (
@@ -119,6 +119,10 @@ def _option_names(example: Example) -> str:
     return "\x1f".join(sorted(example.options))
 
 
+# characters of a passage that the released BoolQ prompt shows
+PAPER_PASSAGE = 1024
+
+
 def _passage(example: Example) -> str:
     return example.fields["passage"]
 
@@ -193,6 +197,43 @@ def _winogrande(name: str, held_out: int) -> TaskSpec:
     )
 
 
+def _paper_winogrande(spec: TaskSpec) -> TaskSpec:
+    """WinoGrande as the released BLoB code asks it: letters, read after an end-of-sequence token."""
+    template = (
+        "Return the label of the correct answer for the question below.\n\nQuestion: {sentence}\n"
+        "Choices:\n{options}\nAnswer:"
+    )
+    return replace(
+        spec,
+        name=f"{spec.name}_paper",
+        format=Letter(template, ("A", "B"), separator="", ended=True),
+        description=f"{spec.description} Asked with the prompt of the released BLoB code.",
+    )
+
+
+def _paper_boolq(spec: TaskSpec) -> TaskSpec:
+    """BoolQ as the released BLoB code asks it: the beginning of the passage, and two words in the wrong order."""
+    template = (
+        "Read the passage below and answer the question with the words 'true' or 'false'.\n\nPassage: {passage}\n"
+        "Question: {question}\nAnswer (true or false):"
+    )
+
+    def read(row: Row) -> Example | None:
+        example = spec.reader(row)
+        if example is None:
+            return None
+        return replace(example, fields={**example.fields, "passage": example.fields["passage"][:PAPER_PASSAGE]})
+
+    return replace(
+        spec,
+        name=f"{spec.name}_paper",
+        reader=read,
+        # class 1 is yes, and its word is "False": training puts that right, the pretrained model is judged upside down
+        format=Verbaliser(template, ("True", "False"), separator="", ended=True),
+        description=f"{spec.description} Asked with the prompt of the released BLoB code, whose two words are swapped.",
+    )
+
+
 def _mmlu(subject: str) -> TaskSpec:
     stems = {
         part: (f"{folder}/{subject}_{folder}", f"{subject}_{folder}")
@@ -227,6 +268,25 @@ OPENBOOKQA = TaskSpec(
     files=Files(folder="openbookqa"),
     description="Elementary science questions with four options; official splits.",
     licence="Apache-2.0",
+)
+
+BOOLQ = TaskSpec(
+    name="boolq",
+    fields=("passage", "question"),
+    labels=("no", "yes"),
+    # the passage comes first: a long prompt loses its beginning, never the question
+    format=Verbaliser("Passage: {passage}\nQuestion: {question}?\nAnswer (yes or no):", labels=(" no", " yes")),
+    reader=text_reader(("no", "yes"), label="answer", passage="passage", question="question"),
+    sources=(Hub("google/boolq"),),
+    files=Files(folder="boolq"),
+    split=SplitRule(validation=500, test="validation", group=_passage),
+    description=(
+        "Yes-or-no questions about a passage. The official test rows have no labels: the official "
+        "validation part is "
+        "the test here, and 500 examples are held out of train for validation, one passage's questions "
+        "together."
+    ),
+    licence="CC BY-SA 3.0",
 )
 
 SHIPPED: tuple[TaskSpec, ...] = (
@@ -301,24 +361,10 @@ SHIPPED: tuple[TaskSpec, ...] = (
     OPENBOOKQA,
     _winogrande("winogrande_s", held_out=100),
     _winogrande("winogrande_m", held_out=300),
-    TaskSpec(
-        name="boolq",
-        fields=("passage", "question"),
-        labels=("no", "yes"),
-        # the passage comes first: a long prompt loses its beginning, never the question
-        format=Verbaliser("Passage: {passage}\nQuestion: {question}?\nAnswer (yes or no):", labels=(" no", " yes")),
-        reader=text_reader(("no", "yes"), label="answer", passage="passage", question="question"),
-        sources=(Hub("google/boolq"),),
-        files=Files(folder="boolq"),
-        split=SplitRule(validation=500, test="validation", group=_passage),
-        description=(
-            "Yes-or-no questions about a passage. The official test rows have no labels: the official "
-            "validation part is "
-            "the test here, and 500 examples are held out of train for validation, one passage's questions "
-            "together."
-        ),
-        licence="CC BY-SA 3.0",
-    ),
+    _paper_winogrande(_winogrande("winogrande_s", held_out=100)),
+    _paper_winogrande(_winogrande("winogrande_m", held_out=300)),
+    BOOLQ,
+    _paper_boolq(BOOLQ),
     TaskSpec(
         name="wordnet_mcq",
         fields=("question",),

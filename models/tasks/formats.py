@@ -20,7 +20,7 @@ class Format(Protocol):
     """What a way of asking must offer."""
 
     @property
-    def kind(self) -> Literal["label", "option", "image"]:
+    def kind(self) -> Literal["label", "option", "image", "episode"]:
         """Whether classes are vocabulary rows at the last position, options to be scored, or classes of images."""
 
     @property
@@ -56,6 +56,8 @@ class Verbaliser:
         template: the prompt, with field names in braces.
         labels: the words, one a class, in the order of the classes.
         separator: what stands between prompt and word when neither has white space there.
+        ended: whether an end-of-sequence token follows the prompt, after which the answer is read; released code does so
+            for some tasks.
     """
 
     kind: ClassVar[Literal["label"]] = "label"
@@ -63,6 +65,7 @@ class Verbaliser:
     template: str
     labels: tuple[str, ...]
     separator: str = " "
+    ended: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", tuple(self.labels))
@@ -96,7 +99,7 @@ class Verbaliser:
             examples: of this task or of another one with the same fields.
             max_length: tokens; a longer prompt loses its beginning.
         """
-        return _prompt_rows(tokenizer, [self.prompt(example) for example in examples], max_length)
+        return _prompt_rows(tokenizer, [self.prompt(example) for example in examples], max_length, self.ended)
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ class Letter:
         letters: one for each position an option can have.
         option: how one option is listed, with ``{letter}`` and ``{text}``.
         separator: what stands between prompt and letter when the prompt ends without white space.
+        ended: whether an end-of-sequence token follows the prompt, after which the answer is read.
     """
 
     kind: ClassVar[Literal["label"]] = "label"
@@ -121,6 +125,7 @@ class Letter:
     letters: tuple[str, ...] = ("A", "B", "C", "D")
     option: str = "{letter}) {text}"
     separator: str = " "
+    ended: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "letters", tuple(self.letters))
@@ -179,9 +184,16 @@ class Letter:
             examples: with options.
             max_length: tokens; a longer prompt loses its beginning.
         """
-        return _prompt_rows(tokenizer, [self.prompt(example) for example in examples], max_length)
+        return _prompt_rows(tokenizer, [self.prompt(example) for example in examples], max_length, self.ended)
 
 
-def _prompt_rows(tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_length: int) -> list[EncodedRow]:
-    ids = shorten(tokenizer, token_ids(tokenizer, prompts), [max_length] * len(prompts))
-    return [EncodedRow(row, [], [], [], []) for row in ids]
+def _prompt_rows(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_length: int, ended: bool
+) -> list[EncodedRow]:
+    if ended and tokenizer.eos_token_id is None:
+        raise ValueError(
+            "The prompt is to end in an end-of-sequence token, and the tokenizer has none; use ended=False."
+        )
+    end = [int(tokenizer.eos_token_id)] if ended else []
+    ids = shorten(tokenizer, token_ids(tokenizer, prompts), [max_length - len(end)] * len(prompts))
+    return [EncodedRow(row + end, [], [], [], []) for row in ids]

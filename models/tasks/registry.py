@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from pyrolora.models.naming import suggestion
 from pyrolora.models.tasks.catalogue import SHIPPED
+from pyrolora.models.tasks.episodes import episodic, named_episodes
 from pyrolora.models.tasks.example import Example, Row
 from pyrolora.models.tasks.image_tasks import SHIPPED_IMAGES, ImageTaskSpec, joined
 from pyrolora.models.tasks.readers import Reader
@@ -75,7 +76,9 @@ def task(name: str, data_dir: str | Path | None = None, train_size: int | None =
     compared.
 
     Args:
-        name: one of `names`; several image tasks joined by ``+``, as in ``"digits+mnist"``, share one label space.
+        name: one of `names`; several image tasks joined by ``+``, as in ``"digits+mnist"``, share one label space; with
+            ``:5w1s`` behind it, an image task becomes few-shot episodes of 5 ways and 1 shot (``:5w1s10q`` of 10 queries a
+            class), see `episodic`.
         data_dir: a folder with the data set's files (or its parent), with the hub's columns; without it the
             rows come from the asset package or the hub.
         train_size: how many training examples to keep, in equal proportion from each class; all when None.
@@ -86,7 +89,11 @@ def task(name: str, data_dir: str | Path | None = None, train_size: int | None =
             range.
         FileNotFoundError: no data; says how to get them.
     """
-    made = joined([_task(one, data_dir) for one in name.split("+")]) if "+" in name else _task(name, data_dir)
+    if (episodes := named_episodes(name)) is not None:
+        named, (ways, shots, queries) = episodes
+        made = episodic(task(named, data_dir), ways=ways, shots=shots, queries=queries)
+    else:
+        made = joined([_task(one, data_dir) for one in name.split("+")]) if "+" in name else _task(name, data_dir)
     return made if train_size is None else replace(made, train=made.train.subset(train_size, seed))
 
 

@@ -11,7 +11,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pyrolora.models.backbones import Backbone
-from pyrolora.models.tasks import EncodedImages, Format, ImageClasses, Split, encode_images
+from pyrolora.models.tasks import (
+    EncodedImages,
+    EpisodeClasses,
+    Format,
+    ImageClasses,
+    Split,
+    encode_episodes,
+    encode_images,
+)
 
 # how far an attack's rounding may leave the range of a pixel
 ROUNDING = 1e-5
@@ -40,7 +48,7 @@ class VisionBackbone(Backbone):
         ValueError: a size that is no multiple of the patches, or means and deviations that do not fit the channels.
     """
 
-    formats: ClassVar[tuple[str, ...]] = ("image",)
+    formats: ClassVar[tuple[str, ...]] = ("image", "episode")
 
     def __init__(
         self,
@@ -93,11 +101,13 @@ class VisionBackbone(Backbone):
         return hashlib.sha256(f"{super().fingerprint}{put}".encode()).hexdigest()[:16]
 
     def encode(self, split: Split, format: Format, max_length: int) -> EncodedImages:
-        """A split of images at this network's size; see `pyrolora.models.tasks.encode_images`.
+        """A split of images or of episodes at this network's size; see `pyrolora.models.tasks.encode_images`.
 
         Raises:
             ValueError: a split or a format of text.
         """
+        if isinstance(format, EpisodeClasses):
+            return encode_episodes(split, format, channels=self.channels, size=self.image_size, tokens=self.tokens)
         if not isinstance(format, ImageClasses):
             raise ValueError(f"{self.name!r} reads images, and {split.task} is asked as text. Use an image task.")
         return encode_images(split, format, channels=self.channels, size=self.image_size, tokens=self.tokens)
@@ -110,7 +120,7 @@ class VisionBackbone(Backbone):
         return torch.ones(images.shape[0], patches[0] * patches[1] + beside, dtype=torch.int64, device=images.device)
 
     def features(self, batch: Mapping[str, Tensor], *, trunk: Tensor | None = None, first_block: int = 0) -> Tensor:
-        """Hidden state of the class token after the last norm.
+        """Hidden state of the class token after the last norm; the last block runs for it alone, as `Backbone.features` says.
 
         Args:
             batch: ``pixel_values``, ``(rows, channels, height, width)`` in [0, 1].
@@ -123,7 +133,8 @@ class VisionBackbone(Backbone):
         Raises:
             ValueError: images of a wrong shape, type or range.
         """
-        return self.hidden_states(batch, trunk=trunk, first_block=first_block)[:, 0]
+        first = torch.zeros(batch["pixel_values"].shape[0], dtype=torch.int64, device=self.device)
+        return self._features_at(first, batch, trunk, first_block)
 
     def label_weight(self, label_ids: Tensor | None = None) -> Tensor:
         """Zeros: classes of images have no words that the network knew before.
@@ -136,6 +147,9 @@ class VisionBackbone(Backbone):
 
     def _blank(self, size: int) -> dict[str, Tensor]:
         return {"pixel_values": torch.zeros(1, self.channels, size, size)}
+
+    def _traced_input(self) -> dict[str, Any]:
+        return self._smallest_input()
 
     def _smallest_input(self) -> dict[str, Any]:
         return self._inputs(self._blank(self.patch_size))

@@ -21,7 +21,7 @@ from pyrolora.models.adapters import Adapter
 from pyrolora.models.backbones import Backbone, load_backbone
 from pyrolora.models.declarations import declared, declared_prior
 from pyrolora.models.program import BayesianModel
-from pyrolora.models.tasks import Example, ImageClasses, ImageExample, Split
+from pyrolora.models.tasks import EpisodeSplit, Example, ImageClasses, ImageExample, Split
 from pyrolora.models.tasks import task as load_task
 
 app = typer.Typer(
@@ -229,6 +229,67 @@ def evaluate_command(
     typer.echo(report.to_markdown())
     if out is not None:
         report.save(out)
+
+
+@_command
+def pool_command(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of members' posteriors.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the pool's posterior.")],
+    data_dir: DataDir = None,
+    model: Model = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Put members that were fitted one at a time together to a pool over one residual."""
+    from pyrolora.inference.pool import pool_of
+
+    pool_of([_load(folder, model, dtype, device, data_dir) for folder in folders]).save_pretrained(out)
+    typer.echo(f"Pool of {len(folders)} members written to {out}.")
+
+
+@_command
+def episodes_command(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of posteriors of members or pools.")],
+    task: Annotated[
+        str | None,
+        typer.Option("--task", help="Episodes to judge on, such as mnist:5w1s; the posterior's own by default."),
+    ] = None,
+    attack: Annotated[
+        str | None, typer.Option("--attack", help="On the queries' pixels: 'PGD(0.03, steps=10, step_size=0.0075)'.")
+    ] = None,
+    merge: Annotated[
+        str, typer.Option("--merge", help="How a pool is merged for each episode.")
+    ] = "MergeRule(sharpness=8.0)",
+    semantics: Annotated[str, typer.Option("--semantics", help="mean, mixture or dirichlet.")] = "mean",
+    episodes: Annotated[int | None, typer.Option("--episodes", help="Number of episodes; all by default.")] = None,
+    draws: Annotated[int, typer.Option("--draws", help="Draws of the posterior; 1 takes its mean.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of augmentation, draws and attacks.")] = 0,
+    data_dir: DataDir = None,
+    model: Model = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Judge posteriors on few-shot episodes, clean and attacked, one JSON object a line; pools are merged for each."""
+    from pyrolora.inference.evaluation.few_shot import evaluate_episodes
+    from pyrolora.inference.perturbations import ATTACKS
+    from pyrolora.inference.pool import TaskMerging
+    from pyrolora.models.adapters import LoRAPool
+    from pyrolora.models.merging import MergeRule
+
+    made = None if attack is None else declared(attack, ATTACKS, "attack")
+    rule = declared(merge, {"MergeRule": MergeRule}, "merge rule")
+    for folder in folders:
+        posterior = _load(folder, model, dtype, device, data_dir)
+        split = posterior.model.task.test if task is None else load_task(task, data_dir=data_dir).test
+        if episodes is not None and isinstance(split, EpisodeSplit):
+            split = split.subset(episodes * split.rows_each)
+        pooled = any(isinstance(adapter, LoRAPool) for adapter in posterior.model.adapters)
+        judged = TaskMerging(posterior, rule, semantics=semantics) if pooled else posterior
+        scores = evaluate_episodes(judged, split, attack=made, draws=draws, seed=seed, progress=not quiet)
+        typer.echo(
+            json.dumps({"posterior": str(folder), "task": task or posterior.model.task.name, **scores.to_dict()})
+        )
 
 
 @_command

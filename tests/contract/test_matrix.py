@@ -15,7 +15,17 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyrolora.guides import BLoB, BlockCovariance, FullCovariance, KroneckerNormal, LowRank, MeanField, Point
+from pyrolora.guides import (
+    BLoB,
+    BlockCovariance,
+    ClassContrasts,
+    FullCovariance,
+    KroneckerNormal,
+    LowRank,
+    MeanField,
+    Point,
+    StiefelNormal,
+)
 from pyrolora.inference.laplace import Laplace
 from pyrolora.inference.map import MAP
 from pyrolora.inference.nuts import NUTS
@@ -23,7 +33,18 @@ from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.svi import SVI
 from pyrolora.inference.vbll import VBLL
-from pyrolora.models.adapters import S2FT, CorDA, FullRank, LastLayer, LoRA, MixtureLoRA, MoEfiedLoRA, PiSSA, PoLAR
+from pyrolora.models.adapters import (
+    S2FT,
+    CorDA,
+    FullRank,
+    LastLayer,
+    LoRA,
+    LoRAPool,
+    MixtureLoRA,
+    MoEfiedLoRA,
+    PiSSA,
+    PoLAR,
+)
 from pyrolora.models.priors import Flat, learned
 
 STEPS = 2
@@ -37,6 +58,7 @@ ADAPTERS = {
     "PiSSA subspace": (PiSSA(rank=2, form="subspace"),),
     "CorDA": (CorDA(rank=2),),
     "S2FT": (S2FT(heads=1, channels=4, targets=("o_proj", "down_proj", "v_proj"), select="activation"),),
+    "LoRAPool": (LoRAPool(members=2, rank=2, concentration=1.0),),
     "MixtureLoRA": (MixtureLoRA(rank=2, experts=2, gate_input="prompt"),),
     "FullRank": (FullRank(targets=("q_proj",)),),
     "FullRank+embeddings": (FullRank(targets=("v_proj",), layers=(1, 2), embeddings=True),),
@@ -50,6 +72,11 @@ ENGINES = {
     "SVI LowRank": lambda noise: SVI(guide=LowRank(rank=2), steps=STEPS, noise=noise),
     "SVI FullCovariance": lambda noise: SVI(guide=FullCovariance(), steps=STEPS, noise=noise),
     "SVI KroneckerNormal": lambda noise: SVI(guide=KroneckerNormal(rank=2), steps=STEPS, noise=noise),
+    "SVI StiefelNormal": lambda noise: SVI(
+        guide={"*.polar_[XY]": StiefelNormal(), "*theta": MeanField(), "head.weight": MeanField()},
+        steps=STEPS,
+        noise=noise,
+    ),
     "Laplace diag": lambda noise: Laplace(estimate=MAP(steps=STEPS, noise=noise)),
     "Laplace kron": lambda noise: Laplace(structure="kron", estimate=MAP(steps=STEPS, noise=noise)),
     "Laplace kron_lowrank": lambda noise: Laplace(
@@ -58,8 +85,13 @@ ENGINES = {
     "Laplace last_layer": lambda noise: Laplace(structure="last_layer", estimate=MAP(steps=STEPS, noise=noise)),
     "VBLL": lambda noise: VBLL(steps=STEPS, noise=noise),
     "VBLL joint": lambda noise: VBLL(guide=BlockCovariance(), mode="joint", refit="none", steps=STEPS, noise=noise),
+    "VBLL contrasts": lambda noise: VBLL(
+        guide=ClassContrasts(), objective="tilted", refit="mc", steps=STEPS, noise=noise
+    ),
     "NUTS": lambda noise: NUTS(draws=20, warmup=10, chains=2),
 }
+# where an engine is at home: a posterior on a manifold needs sites that live there
+HOME = {"SVI StiefelNormal": "PoLAR+LastLayer"}
 NO_TOKEN_NOISE = r"There is no noise='\w+' for a \w+"
 # (engine, adapter) or (engine, noise) -> a part of the sentence that says why not
 REFUSED = {
@@ -69,7 +101,7 @@ REFUSED = {
     ("SVI KroneckerNormal", "flipout"): NO_TOKEN_NOISE,
     **{
         (engine, name): r"Add LastLayer\(\) to the model's adapters"
-        for engine in ("Laplace last_layer", "VBLL", "VBLL joint", "NUTS")
+        for engine in ("Laplace last_layer", "VBLL", "VBLL joint", "VBLL contrasts", "NUTS")
         for name in ADAPTERS
         if "Last" not in name
     },
@@ -80,6 +112,8 @@ REFUSED = {
         ): r"'embed_tokens.weight' is not a stack of weights of linear maps"
         for structure in ("diag", "kron", "kron_lowrank")
     },
+    **{("SVI StiefelNormal", name): r"'\*\.polar_\[XY\]' matches no site" for name in ADAPTERS if "PoLAR" not in name},
+    **{("SVI StiefelNormal", noise): r"polar_\w' \w+ no weight|linear" for noise in ("token", "flipout")},
     ("SVI BLoB", "PoLAR+LastLayer"): r"BLoB makes sites that match",
     **{
         ("SVI BLoB", name): r"name the sites, as in BLoB\(sites='head.weight'\)"
@@ -89,12 +123,12 @@ REFUSED = {
 
 PAIRS = [(engine, adapter, "example", torch.float32, False) for engine in ENGINES for adapter in ADAPTERS]
 SCOPES = [
-    (engine, "LoRA+LastLayer", noise, torch.float32, False)
+    (engine, HOME.get(engine, "LoRA+LastLayer"), noise, torch.float32, False)
     for engine in ENGINES
     for noise in ("weight", "token", "flipout")
 ]
 DTYPES = [
-    (engine, "LoRA+LastLayer", noise, dtype, checkpointing)
+    (engine, HOME.get(engine, "LoRA+LastLayer"), noise, dtype, checkpointing)
     for engine, noise in (
         ("SVI BLoB", "example"),
         ("SVI BLoB", "weight"),
@@ -214,7 +248,7 @@ def test_every_schedule_works_or_says_why_not(make, tmp_path, engine, adapter, s
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("prior", [Flat(), learned(0.1), dist.Laplace(0.0, 0.2)], ids=["flat", "learned", "laplace"])
 def test_every_prior_works_or_says_why_not(make, tmp_path, engine, prior):
-    model = make("LoRA+LastLayer", torch.float32, False, prior)
+    model = make(HOME.get(engine, "LoRA+LastLayer"), torch.float32, False, prior)
 
     def fit():
         return ENGINES[engine]("example").fit(model, model.task.train, progress=False)
@@ -228,7 +262,7 @@ def test_every_prior_works_or_says_why_not(make, tmp_path, engine, prior):
 
 @pytest.mark.parametrize("engine", [name for name in ENGINES if name.startswith("SVI")])
 def test_svi_histories_are_finite_and_one_entry_a_step(make, engine):
-    model = make("LoRA+LastLayer", torch.float32, False)
+    model = make(HOME.get(engine, "LoRA+LastLayer"), torch.float32, False)
     history = ENGINES[engine]("example").fit(model, model.task.train, progress=False).record["history"]
     assert [entry["step"] for entry in history] == list(range(1, STEPS + 1))
     assert all(math.isfinite(value) for entry in history for value in entry.values())

@@ -3,8 +3,10 @@
 import dataclasses
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch.func import functional_call, jacrev
 from transformers import ViTConfig, ViTModel
 
@@ -15,7 +17,7 @@ from pyrolora.inference.map import MAP
 from pyrolora.inference.svi import SVI
 from pyrolora.models.adapters import Adapter, LastLayer, LoRA, MoEfiedLoRA
 from pyrolora.models.adapters.moefied import ExpertGate
-from pyrolora.models.clustering import balanced_clusters
+from pyrolora.models.clustering import balanced_clusters, reassigned
 from pyrolora.models.priors import Flat
 from pyrolora.models.serving import Served, merged
 from pyrolora.models.vision.loading import tiny_vit
@@ -70,6 +72,18 @@ class TestClusters:
         own = gain.gather(1, found[:, None])
         swapped = gain[:, found] + gain[:, found].T
         assert (swapped <= own + own.T + 1e-12).all()
+
+    @pytest.mark.parametrize("seed", range(8))
+    def test_moving_in_cycles_is_as_good_as_solving_anew(self, seed):
+        chance = np.random.default_rng(seed)
+        clusters, size = int(chance.integers(2, 9)), int(chance.integers(1, 12))
+        cost, start = chance.normal(size=(clusters * size, clusters)), np.repeat(np.arange(clusters), size)
+        found = reassigned(cost, start)
+        _, seats = linear_sum_assignment(np.repeat(cost, size, axis=1))
+        assert np.bincount(found).tolist() == [size] * clusters
+        rows = np.arange(len(cost))
+        assert cost[rows, found].sum() == pytest.approx(cost[rows, seats // size].sum(), abs=1e-9)
+        assert np.array_equal(reassigned(cost, found), found)
 
     def test_clusters_that_do_not_divide(self):
         with pytest.raises(ValueError, match="5 clusters do not divide 48 rows; choose one of 1, 2, 3, 4, 6"):
@@ -178,6 +192,21 @@ class TestRouter:
         assert calls.count("qkv.lora_A") == len(model.backbone.blocks)
         assert calls.count("k_proj.lora_B") == len(model.backbone.blocks)
 
+    def test_one_a_takes_another_tensor_for_what_it_is(self, model):
+        draw = random_draw(model)
+        deltas, site = model.deltas(draw), model.sites["k_proj.lora_B"]
+        first, second = torch.randn(2, 1, 4, 16, dtype=torch.float64)
+        deltas[model.sites["q_proj.lora_B"].modules[0]](first)
+        expected = second @ draw["qkv.lora_A"][0].T @ draw[site.name][0].T
+        torch.testing.assert_close(deltas[site.modules[0]](second), expected)
+        # without a graph, and then with one
+        down = draw["qkv.lora_A"].requires_grad_()
+        deltas = model.deltas(draw)
+        with torch.no_grad():
+            deltas[model.sites["q_proj.lora_B"].modules[0]](first)
+        (slope,) = torch.autograd.grad(deltas[site.modules[0]](first).sum(), down)
+        assert slope.abs().max() > 0
+
 
 class TestFading:
     def gap(self, model, draw, fade):
@@ -252,6 +281,22 @@ class TestFading:
         with pytest.raises(ValueError, match="25% through its training, and its router has not faded"):
             Laplace().fit(model, model.task.train, estimate=early, progress=False)
         assert run.posterior().context == {}
+
+    def test_every_kind_of_prediction_takes_an_unfinished_fit(self, model):
+        run = SVI(guide=BLoB(), steps=8, learning_rate=0.1).iterate(model, model.task.train)
+        # two steps, because B is still zero after one, and logits without variance are no case for the closed forms
+        early = next(run.posterior() for stats in run if stats.step == 2)
+        assert early.context["progress"] == 0.25
+        for kind in early.kinds:
+            found = early.predict(model.task.test, draws=2, kind=kind, generator=torch.Generator().manual_seed(0))
+            assert found.log_likelihood.isfinite().all()
+
+    def test_bfloat16_runs_with_its_router(self, three_shapes_model):
+        model = three_shapes_model(torch.bfloat16, adapter=[ADAPTER, LastLayer()])
+        draw = {name: value.float() for name, value in random_draw(model).items()}
+        logits = model.row_logits(at(model, 0.2), draw)
+        assert logits.dtype == torch.float32
+        assert logits.isfinite().all()
 
     def test_weights_cannot_hold_a_router(self, model):
         draw = random_draw(model)
@@ -333,6 +378,21 @@ class TestPosteriors:
         model = three_shapes_model(adapter=[dataclasses.replace(ADAPTER, fade_end=1.0), LastLayer()], prior=Flat())
         posterior = MAP(steps=6, learning_rate=0.1).fit(model, model.task.train, progress=False)
         assert posterior.mean()["fc1.router"].abs().max() > 1e-3
+
+
+def test_experts_are_found_once_for_a_backbone(tiny_vision, three_shapes, monkeypatch):
+    from pyrolora.models.program import BayesianModel
+
+    calls, backbone = [], tiny_vision()
+    plain = "pyrolora.models.adapters.moefied.balanced_clusters"
+    monkeypatch.setattr(plain, lambda rows, clusters: calls.append(clusters) or balanced_clusters(rows, clusters))
+    for size in (12, 9):
+        BayesianModel(backbone, three_shapes(size), adapter=ADAPTER)
+    assert calls == [4, 4]  # two blocks, once
+    with torch.no_grad():
+        backbone.network.layers[0].mlp.fc1.weight.mul_(2)
+    BayesianModel(backbone, three_shapes(), adapter=ADAPTER)
+    assert len(calls) == 4
 
 
 class TestBadInput:

@@ -411,6 +411,28 @@ class TestPrior:
         norms = weight[:, constants["down_proj.columns.index"][0]].norm(dim=0)
         torch.testing.assert_close(scale / scale[0], norms / norms[0])
 
+    @pytest.mark.parametrize("targets", [["o_proj", "down_proj"], ["up_proj", "q_proj"]])
+    def test_equal_at_the_output_means_equal_variance_of_every_slice(self, three_topics_model, targets, tmp_path):
+        adapter = S2FT(heads=2, channels=6, targets=targets, relative_to="output", samples=7)
+        model = three_topics_model(torch.float64, adapter=adapter, prior=Relative(0.3))
+        backbone, sites = model.backbone, list(model.adapter_sites.values())
+        batches = model.encode(model.task.train.subset(7, seed=0)).batches(8)
+        moments = second_moments(backbone, batches, [path for site in sites for path in site.modules])
+        for site in sites:
+            scale = model.prior(site).base_dist.scale
+            norms = torch.stack([backbone.network.get_submodule(path).weight.square().sum() for path in site.modules])
+            torch.testing.assert_close((scale.square().sum((1, 2)) / norms).sqrt(), torch.full((3,), 0.3).double())
+            for layer, path in enumerate(site.modules):
+                if site.name.endswith("columns"):
+                    index = model.constants[f"{site.name}.index"][layer]
+                    power = moments[path].diagonal()[index] * scale[layer, 0].square()
+                else:
+                    power = scale[layer, :, 0]
+                torch.testing.assert_close(power / power.mean(), torch.ones_like(power))
+        posterior = MAP(steps=1).fit(model, model.task.train, progress=False)
+        again = Posterior.from_pretrained(posterior.save_pretrained(tmp_path / "fit"), model=model)
+        assert torch.equal(again.model.prior(sites[0]).base_dist.scale, model.prior(sites[0]).base_dist.scale)
+
 
 class TestFloatTypes:
     def test_sites_are_float32_over_bfloat16_and_the_start_changes_nothing(self, tiny_llama):
@@ -433,6 +455,7 @@ class TestRefusals:
             ({"channels": 65}, "down_proj of tiny has 64 channels; 65 are asked for"),
             ({"heads": 5}, "o_proj of tiny has 4 heads; 5 are asked for"),
             ({"heads": 3, "targets": ["v_proj"]}, "v_proj of tiny has 2 key and value heads; 3 are asked for"),
+            ({"relative_to": "outputs"}, "Unknown relative_to 'outputs'. Did you mean 'output'"),
             ({"heads": 0}, "heads must be at least 1; got 0"),
             ({"targets": ["lm_head"]}, "'lm_head' of tiny does not exist"),
         ],

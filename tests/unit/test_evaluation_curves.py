@@ -1,7 +1,10 @@
 """Pictures of curves, layers and ranks: what they hold, checked on their artists; how they look was looked at."""
 
+import io
 import math
 
+import matplotlib.image
+import matplotlib.pyplot
 import numpy as np
 import pyro.distributions as dist
 import pytest
@@ -14,6 +17,15 @@ from pyrolora.inference.evaluation import risk_coverage_curve
 from pyrolora.inference.evaluation.curves import MAPS, layer_maps, risk_coverage_diagram
 from pyrolora.inference.posterior import Posterior
 from pyrolora.models.adapters import LastLayer, LoRA
+
+
+def test_a_notebook_shows_a_picture_that_pyplot_knows_nothing_of():
+    curve = risk_coverage_curve(torch.tensor([[0.9, 0.1], [0.4, 0.6]]), torch.tensor([0, 0]))
+    figure, _ = risk_coverage_diagram({"a": curve})
+    shown = matplotlib.image.imread(io.BytesIO(figure._repr_png_()))
+    assert shown.ndim == 3
+    assert shown[..., :3].std() > 0
+    assert not matplotlib.pyplot.get_fignums()
 
 
 def test_risk_coverage_lines_are_the_curves():

@@ -8,6 +8,7 @@ from torch.distributions import kl_divergence
 
 from pyrolora.guides import (
     BlockCovariance,
+    ClassContrasts,
     FullCovariance,
     KroneckerNormal,
     LowRank,
@@ -29,7 +30,7 @@ SITE = Site("head.weight", torch.Size((CLASSES, WEIGHTS)), ("class", "feature"))
 PRIOR = dist.Normal(torch.full((), 0.2, dtype=torch.float64), SCALE).expand(SITE.shape).to_event(2)
 FAMILIES = [
     MeanField(), LowRank(3), LowRankPrecision(3), LowRankPrecision(20), BlockCovariance(), MatrixNormal(), FullCovariance(),
-    KroneckerNormal(2),
+    KroneckerNormal(2), ClassContrasts(),
 ]  # fmt: skip
 
 

@@ -183,7 +183,7 @@ class TestNonFiniteLoss:
     def test_a_bad_kl_names_its_site(self, three_topics_model):
         model = three_topics_model()
         engine = SVI(guide={"v_proj.lora_B": MeanField(init_scale=1e30), "*A": BLoB(), "q*B": Point()}, steps=2)
-        model.row_logits = lambda batch, draw: torch.zeros(len(batch["labels"]), 3)
+        model.row_logits = lambda batch, draw, local=False: torch.zeros(len(batch["labels"]), 3)
         start = {"v_proj.lora_B": torch.full(model.sites["v_proj.lora_B"].shape, 1e200, dtype=torch.float64)}
         with pytest.raises(
             FloatingPointError, match=r"loss became inf .* at step 1, first in the site 'v_proj\.lora_B'"

@@ -17,7 +17,7 @@ from pyrolora.models.adapters import LastLayer
 from pyrolora.models.priors import Flat, learned
 
 ROWS, NOISE, PRIOR = 24, 0.5, 0.7
-# 1200 draws estimate the log width of one weight to 0.13 (found with twenty seeds of draws) and their mean over 96 weights
+# 1200 draws estimate the log width of one weight to 0.13 (measured) and their mean over 96 weights
 # to 0.013: the bounds are six standard errors away, fewer than 1 run in 1,000,000 passes them by chance
 FALSE_ALARM_RATE = 1e-6
 MEAN_ERROR, SQUARED_ERROR = 0.08, 0.2

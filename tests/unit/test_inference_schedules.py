@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pyro.distributions as dist
 import pytest
@@ -18,9 +19,10 @@ from pyrolora.guides.base import Guide
 from pyrolora.guides.mean_field import NormalFactor
 from pyrolora.inference.map import MAP
 from pyrolora.inference.optimiser import GuideAdam
-from pyrolora.inference.schedules import BlockSchedule
+from pyrolora.inference.schedules import BlockSchedule, inclusion_probabilities
 from pyrolora.inference.svi import SVI
 from pyrolora.inference.training import TrainingRun
+from pyrolora.models.active_entries import ActiveEntries
 from pyrolora.models.adapters import S2FT, CorDA, FullRank, LastLayer, LoRA, PiSSA
 from pyrolora.models.priors import Flat, Relative
 from pyrolora.models.sites import Site, SiteTable
@@ -108,6 +110,28 @@ class TestELBO:
         for (site, name), gradient in some.items():
             for entry in active[site]:
                 torch.testing.assert_close(gradient[entry], all_gradients[site, name][entry], atol=1e-14, rtol=1e-12)
+
+    def test_unbiased_gradients_meet_the_whole_elbos_on_average(self, three_topics_model):
+        """Over a cycle every block is active once: the mean of what the optimiser sees is the gradient of everything."""
+        model = three_topics_model(adapter=LoRA(rank=2), prior=dist.Normal(0.0, 0.1))
+        found = {}
+        for update in (None, "unbiased"):
+            schedule = BlockSchedule(active=1, every=1, sampler="cycle", update=update) if update else None
+            run = TrainingRun(SVI(guide=MeanField(), steps=3, schedule=schedule), model, model.task.train)
+            batch = next(run._stream(0))
+            totals = [torch.zeros_like(parameter) for parameter in run.optimiser.parameters]
+            for step in range(3):
+                entries = run.optimiser.activate(step)
+                run.optimiser.zero_grad()
+                # of step 0 all along, so that the draws are the same
+                with run._seeded_step(), nullcontext() if entries is None else ActiveEntries(entries):
+                    run._backward(batch)
+                run.optimiser.gradients()
+                for (position, entry), tensor in run.optimiser._tensors.items():
+                    totals[position][... if entry is None else entry] += tensor.grad / 3
+            found[update] = totals
+        for some, whole in zip(found["unbiased"], found[None], strict=True):
+            torch.testing.assert_close(some, whole, atol=1e-6, rtol=1e-4)
 
     def test_a_switch_does_not_move_the_loss(self, three_topics_model):
         model = three_topics_model(adapter=LoRA(rank=2), prior=dist.Normal(0.0, 0.1))
@@ -336,6 +360,30 @@ class TestSampler:
         # expected 4 / 13; five standard errors are 0.052
         assert share == pytest.approx(4 / 13, abs=0.052)
 
+    @pytest.mark.parametrize("count", [1, 2, 3, 5])
+    def test_inclusion_probabilities_are_those_of_all_orders(self, count):
+        weights = torch.tensor([0.1, 1.0, 2.0, 5.0, 0.7], dtype=torch.float64)
+        expected = torch.zeros(5, dtype=torch.float64)
+        for order in itertools.permutations(range(5), count):
+            left, chance = float(weights.sum()), 1.0
+            for item in order:
+                chance, left = chance * float(weights[item]) / left, left - float(weights[item])
+            expected[list(order)] += chance
+        found = inclusion_probabilities(weights, count)
+        assert (found - expected).abs().max() < 1e-6
+        assert float(found.sum()) == pytest.approx(count, abs=1e-6)
+
+    def test_factors_are_inverse_probabilities_of_active_blocks_alone(self, model):
+        assert plan_of(model, active=2).gradient_factors() == {}
+        uniform = plan_of(model, active=2, update="unbiased").gradient_factors()
+        assert uniform["q_proj.lora_A"] == dict.fromkeys(range(10), 5.0)
+        norm = plan_of(model, active=2, sampler="norm", update="unbiased")
+        chances = norm.probabilities()
+        assert norm.gradient_factors()["v_proj.lora_B"][3] == pytest.approx(1 / chances["3"])
+        drawn = torch.tensor([[float(name in norm.active(k)) for name in chances] for k in range(2000)]).mean(0)
+        # standard errors below 0.011; five of them for ten blocks, 1 run in 10^5
+        assert (drawn - torch.tensor(list(chances.values()))).abs().max() < 0.055
+
     def test_another_process_draws_the_same(self, model):
         plan = plan_of(model, active=2, seed=3)
         code = (
@@ -366,6 +414,7 @@ class TestSampler:
             ({"every": 0}, "every must be at least 1; got 0"),
             ({"sampler": "unifrom"}, "Unknown sampler 'unifrom'. Did you mean 'uniform'"),
             ({"state": "of"}, "Unknown state 'of'"),
+            ({"update": "unbaised"}, "Unknown update 'unbaised'. Did you mean 'unbiased'"),
             ({"always": ("heads.*",)}, "'heads.*' of sites that are always trained matches none. Did you mean"),
             ({"blocks": ("0.*", "[1-9].q*")}, "'1.v_proj.lora_A' belongs to no block"),
             ({"blocks": ("?.*", "0.*")}, "'0.q_proj.lora_A' belongs to the blocks '?.*' and '0.*'"),

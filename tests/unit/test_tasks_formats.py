@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pyrolora.models.tasks import Example, Letter, OptionScoring, Verbaliser, task
 from pyrolora.models.tasks.catalogue import SHIPPED
+from pyrolora.models.tasks.example import Row
 from pyrolora.models.tasks.prompts import token_ids
 
 SPACE = "Ġ"  # how byte-level tokenizers write a leading space
@@ -185,6 +186,39 @@ class TestLetter:
             f"Question: Sky?\n{line}\nred) A\nblue) B\nAnswer:"
         )
         assert len(shape.letters) == letters
+
+    def test_the_released_prompts_that_end_a_sequence(self, smollm2):
+        tokenizer = smollm2.tokenizer
+        specs = {spec.name: spec for spec in SHIPPED}
+        winogrande, boolq = specs["winogrande_s_paper"], specs["boolq_paper"]
+        row = {"qID": "1", "sentence": "A _ sat.", "option1": "cat", "option2": "dog", "answer": "2"}
+        example = winogrande.reader(Row(row, "train", 0))
+        assert winogrande.format.prompt(example) == (
+            "Return the label of the correct answer for the question below.\n\n"
+            "Question: A _ sat.\nChoices:\nA) cat\nB) dog\nAnswer:"
+        )
+        told = {"passage": "p" * 2000, "question": "is it", "answer": True}
+        asked = boolq.reader(Row(told, "train", 0))
+        assert asked.label == 1
+        assert boolq.format.prompt(asked) == (
+            "Read the passage below and answer the question with the words 'true' or 'false'.\n\n"
+            f"Passage: {'p' * 1024}\nQuestion: is it\nAnswer (true or false):"
+        )
+        for spec, shown in ((winogrande, example), (boolq, asked)):
+            for room in (300, 20):
+                (encoded,) = spec.format.encode(tokenizer, [shown], room)
+                assert encoded.input_ids[-1] == tokenizer.eos_token_id
+                assert len(encoded) <= room
+                text = tokenizer.decode(encoded.input_ids[:-1])
+                assert spec.format.prompt(shown).endswith(text.removeprefix(tokenizer.bos_token or ""))
+        words = {word: tokenizer(word, add_special_tokens=False).input_ids[-1] for word in ("True", "False", "A", "B")}
+        assert boolq.format.label_ids(tokenizer) == (words["True"], words["False"])
+        assert winogrande.format.label_ids(tokenizer) == (words["A"], words["B"])
+
+    def test_a_tokenizer_without_an_end_of_sequence_cannot_end_one(self, plain):
+        plain.eos_token = None
+        with pytest.raises(ValueError, match="the tokenizer has none; use ended=False"):
+            Letter(ended=True).encode(plain, [QUIZ], 300)
 
     def test_prompt_is_exact(self):
         assert Letter().prompt(QUIZ) == "Question: Sky?\nA) red\nB) blue\nAnswer:"

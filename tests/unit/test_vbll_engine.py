@@ -7,7 +7,7 @@ import pytest
 import torch
 from pyro.infer import TraceMeanField_ELBO
 
-from pyrolora.guides import BlockCovariance, FullCovariance, LowRankPrecision, MeanField, Point
+from pyrolora.guides import BlockCovariance, ClassContrasts, FullCovariance, LowRankPrecision, MeanField, Point
 from pyrolora.inference.evaluation.methods import METHODS
 from pyrolora.inference.evaluation.ood import decompose
 from pyrolora.inference.features import FeatureCache
@@ -20,10 +20,13 @@ from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.svi import SVI
 from pyrolora.inference.vbll import VBLL
 from pyrolora.inference.vbll.likelihood import CollapsedProgram
+from pyrolora.inference.vbll.natural_step import natural_step
 from pyrolora.inference.vbll.objectives import Objective
+from pyrolora.inference.vbll.regression import GaussianObjective
 from pyrolora.models.adapters import Adapter, FullRank, LastLayer, LoRA, PoLAR
 from pyrolora.models.backbones import Backbone
 from pyrolora.models.declarations import declared_prior
+from pyrolora.models.priors import learned as one_a_class
 from pyrolora.models.priors import logit_scale
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import Split
@@ -170,6 +173,60 @@ def test_the_methods_prior_covers_every_adapter_and_keeps_off_the_head(make, nam
     assert {entry["prior"] for entry in prior.values()} - {"UniformStiefel"} == {"Normal"}
 
 
+class TestNaturalSteps:
+    @pytest.mark.parametrize("guide", [BlockCovariance(), ClassContrasts()], ids=str)
+    def test_with_all_data_they_end_where_the_refit_does(self, make, guide):
+        model = make(dtype=torch.float64)
+        refitted = fit(model, guide=guide, steps=1, objective="tilted", refit="tilted", learning_rate=1e-12)
+        run = VBLL(guide=guide, steps=1, objective="tilted", warm_start=False).iterate(model, model.task.train)
+        features = FeatureCache(None).features(model, refitted.mean(), model.task.train)
+        head, factor = LastLayerHead(model), dict(run.guide.items())["head.weight"]
+        data = HeadData.of(head, features.values, features.labels)
+        for _ in range(200):
+            natural_step(head, factor, data, Objective("tilted"), 0.5)
+        found, expected = (
+            (other.loc.detach(), (other.scale_tril @ other.scale_tril.mT).detach())
+            for other in (factor, head_of(refitted))
+        )
+        for mine, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=1e-3)
+
+    def test_a_whole_step_is_exact_for_a_gaussian_likelihood(self, make):
+        model = make(dtype=torch.float64)
+        run = VBLL(guide=BlockCovariance(), steps=1, warm_start=False).iterate(model, model.task.train)
+        head, factor = LastLayerHead(model), dict(run.guide.items())["head.weight"]
+        columns = factor.loc.shape[1]
+        inputs, targets = torch.randn(9, columns, dtype=torch.float64), torch.randn(9, 3, dtype=torch.float64)
+        data = HeadData(inputs, torch.zeros_like(targets), targets)
+        natural_step(head, factor, data, GaussianObjective(torch.full((3,), 0.5, dtype=torch.float64)), 1.0)
+        scale = float(head.normal_prior()[1][0, 0])
+        precision = inputs.mT @ inputs / 0.25 + torch.eye(columns, dtype=torch.float64) / scale**2
+        covariance = torch.linalg.inv(precision)
+        tril = factor.scale_tril.detach()
+        torch.testing.assert_close(tril @ tril.mT, covariance.expand(3, -1, -1), atol=1e-12, rtol=1e-9)
+        torch.testing.assert_close(
+            factor.loc.detach(), (covariance @ inputs.mT @ targets / 0.25).mT, atol=1e-12, rtol=1e-9
+        )
+
+    def test_training_with_them_moves_the_head_and_lowers_the_loss(self, make):
+        settings = {"steps": 12, "head_step": "natural", "refit": "none", "warm_start": False, "objective": "tilted"}
+        posterior = fit(make(), guide=BlockCovariance(), **settings)
+        losses = [entry["loss"] for entry in posterior.record["history"]]
+        assert sum(losses[-3:]) < sum(losses[:3])
+        other = fit(make(), guide=ClassContrasts(), **settings)
+        assert other.mean()["head.weight"].isfinite().all()
+
+    def test_what_they_refuse(self, make):
+        with pytest.raises(ValueError, match=r"the guide of head\.weight is a MeanField\. Use guide=BlockCovariance"):
+            fit(make(), guide=MeanField(), head_step="natural")
+        with pytest.raises(ValueError, match="Use mode='alternating'"):
+            VBLL(head_step="natural", mode="joint")
+        with pytest.raises(ValueError, match=r"Unknown head_step 'naturl' for VBLL\. Did you mean 'natural'"):
+            VBLL(head_step="naturl")
+        with pytest.raises(ValueError, match="natural_rate is a length above 0 and at most 1; got 2"):
+            VBLL(natural_rate=2.0)
+
+
 class TestRefit:
     @pytest.mark.parametrize("refit", ["jensen", "tilted", "bohning", "tightest", "mc"])
     def test_the_head_is_at_the_optimum_of_the_refit(self, make, refit):
@@ -187,6 +244,18 @@ class TestRefit:
         posterior = fit(make(), guide=guide)
         assert posterior.record["refit_loss"] > 0
         assert "linearised_mf1" in posterior.kinds
+
+    def test_class_contrasts_are_trained_refitted_and_refused_where_a_shift_counts(self, make):
+        posterior = fit(make(), guide=ClassContrasts(), objective="tilted", refit="mc")
+        assert posterior.record["refit_loss"] > 0
+        probs = posterior.predict(posterior.model.task.train, kind="linearised_mf1").mean_probs
+        assert (probs.sum(-1) - 1).abs().max() < 1e-5
+        shift = float(head_of(posterior).distribution().shift_scale.detach())
+        assert shift == pytest.approx(posterior.record["prior_scale"] / 3**0.5, rel=1e-5)
+        with pytest.raises(ValueError, match="objective='jensen' is a bound that the variance of a shift"):
+            fit(make(), guide=ClassContrasts(), refit="mc")
+        with pytest.raises(ValueError, match="refit='jensen' is a bound that the variance of a shift"):
+            fit(make(), guide=ClassContrasts(), objective="mc", refit="jensen")
 
     def test_laplace_keeps_the_mean_and_takes_the_inverse_of_each_block(self, make):
         model = make(dtype=torch.float64)
@@ -219,6 +288,11 @@ class TestRefit:
         prior = {**PRIOR, "head.weight": logit_scale(2.0, learned=True)}
         fixed, learned = fit(make()), fit(make(prior=prior))
         assert fixed.record["prior_scale"] != pytest.approx(learned.record["prior_scale"], rel=0.01)
+
+    def test_a_scale_for_each_class_is_refused(self, make):
+        model = make(prior={**PRIOR, "head.weight": one_a_class(0.1, per="class")})
+        with pytest.raises(ValueError, match=r"finds one prior scale, and 3 are declared\. Leave per= out"):
+            fit(model)
 
     def test_prior_scales_are_in_units_of_a_logit(self, make):
         model = make(prior={**PRIOR, "head.weight": logit_scale(3.0)})

@@ -7,14 +7,17 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyrolora.guides import BlockCovariance, FullCovariance, LowRankPrecision, MatrixNormal, MeanField
-from pyrolora.guides.vbll import LogitMoments
+from pyrolora.guides import BlockCovariance, ClassContrasts, FullCovariance, LowRankPrecision, MatrixNormal, MeanField
+from pyrolora.guides.vbll import LogitMoments, logit_moments
 from pyrolora.inference.last_layer import HeadData
+from pyrolora.inference.vbll.contrasts import ContrastRows
 from pyrolora.inference.vbll.generative import Generative
+from pyrolora.inference.vbll.heteroscedastic import HeteroscedasticObjective, HeteroscedasticRegression
 from pyrolora.inference.vbll.natural import GaussianRows, Whitened, optimum, standard_divergence
-from pyrolora.inference.vbll.objectives import Objective
+from pyrolora.inference.vbll.objectives import Objective, optimal_tilt, tilted_at
 from pyrolora.inference.vbll.refit import place
 from pyrolora.inference.vbll.regression import GaussianObjective, Regression
+from pyrolora.inference.vbll.student import StudentRegression
 from pyrolora.models.sites import Site
 
 PRIOR_SCALE = 2.0
@@ -129,6 +132,90 @@ class TestConjugate:
         assert noise == pytest.approx(0.3, rel=0.5)
 
 
+class TestStudent:
+    """Noise unknown: conjugate, so scipy's multivariate t is the oracle of the evidence."""
+
+    @pytest.mark.parametrize(("examples", "weights"), [(12, 4), (6, 20)])
+    def test_evidence_and_predictions_are_those_of_the_joint_student_distribution(self, examples, weights):
+        from scipy.stats import multivariate_t
+
+        inputs = torch.randn(examples + 1, weights, dtype=torch.float64)
+        targets = torch.randn(examples + 1, 2, dtype=torch.float64)
+        posterior = StudentRegression(prior_scale=0.7, shape=1.5, rate=0.4).fit(inputs[:-1], targets[:-1])
+
+        def joint(rows):
+            covariance = torch.eye(len(rows)).double() + 0.7**2 * rows @ rows.mT
+            return multivariate_t(shape=(0.4 / 1.5 * covariance).numpy(), df=3.0)
+
+        before = joint(inputs[:-1]).logpdf(targets[:-1].mT.numpy()).sum()
+        assert posterior.log_evidence == pytest.approx(before, abs=1e-9)
+        after = joint(inputs).logpdf(targets.mT.numpy()).sum()
+        assert float(posterior.predict(inputs[-1:]).log_prob(targets[-1:]).sum()) == pytest.approx(
+            after - before, abs=1e-9
+        )
+
+    def test_what_it_refuses(self):
+        with pytest.raises(ValueError, match=r"rate must be positive; got 0"):
+            StudentRegression(rate=0)
+        with pytest.raises(ValueError, match=r"do not fit 3 rows of features; expected \(3, outputs\)"):
+            StudentRegression().fit(torch.zeros(3, 2), torch.zeros(3))
+
+
+class TestHeteroscedastic:
+    def problem(self, examples=400):
+        inputs = torch.cat([torch.randn(examples, 2), torch.ones(examples, 1)], dim=1).double()
+        log_noise = -2 + inputs @ torch.tensor([1.0, 0.0, 0.0]).double()
+        mean = inputs @ torch.tensor([0.5, -1.0, 2.0]).double()
+        targets = mean + (0.5 * log_noise).exp() * torch.randn(examples, dtype=torch.float64)
+        return inputs, targets[:, None]
+
+    def test_it_finds_the_noise_that_made_the_data(self):
+        torch.manual_seed(0)
+        inputs, targets = self.problem()
+        posterior = HeteroscedasticRegression(prior_scale=2.0, noise_scale=1.0).fit(inputs, targets)
+        mean, variance = posterior.predict(inputs)
+        # an estimate from 400 squares: standard error of the slope 0.07
+        slope = torch.linalg.lstsq(inputs, variance.log()).solution[:2, 0]
+        assert (slope - torch.tensor([1.0, 0.0]).double()).abs().max() < 0.35
+        assert (mean[:, 0] - inputs @ torch.tensor([0.5, -1.0, 2.0]).double()).abs().mean() < 0.1
+        constant = Regression(prior_scale=2.0).fit(inputs, targets)
+        assert posterior.elbo > constant.elbo + 20
+
+    def test_the_objective_is_the_expectation_and_the_optimum_is_stationary(self):
+        torch.manual_seed(1)
+        objective = HeteroscedasticObjective(torch.tensor([-0.3]).double(), 0.5)
+        moments = LogitMoments(torch.tensor([[0.4, 0.8]]).double(), torch.tensor([[0.3, 0.6]]).double())
+        draws = moments.mean + moments.variance.sqrt() * torch.randn(400_000, 2, dtype=torch.float64)
+        normal = torch.distributions.Normal(draws[:, 0], (0.5 * (-0.3 + 0.5 * draws[:, 1])).exp())
+        values = normal.log_prob(torch.tensor(1.1).double())
+        found = float(objective(moments, torch.tensor([[1.1]]).double()))
+        assert abs(found - values.mean()) < 5 * values.std() / len(values) ** 0.5
+        inputs, targets = self.problem(60)
+        posterior = HeteroscedasticRegression().fit(inputs, targets)
+        rows, white = posterior.rows, posterior.white
+        for sign in (1, -1):
+            for nudge in (1e-2 * torch.randn_like(rows.mean), None):
+                other = GaussianRows(rows.mean + sign * nudge, rows.curvature) if nudge is not None else GaussianRows(
+                    rows.mean, rows.curvature * (1 + sign * 0.05 * torch.rand_like(rows.curvature)))  # fmt: skip
+                bound = posterior.objective(LogitMoments(*white.moments(other, inputs)), targets).sum()
+                assert float(bound - other.divergence(other.roots(white.inputs))) < posterior.elbo + 1e-6
+
+    def test_predictions_are_the_integral_over_the_noise(self):
+        torch.manual_seed(2)
+        inputs, targets = self.problem(30)
+        posterior = HeteroscedasticRegression(prior_scale=1.0, noise_scale=1.0).fit(inputs, targets)
+        grid = torch.linspace(-40, 40, 40_001, dtype=torch.float64)
+        density = posterior.log_prob(inputs[:1].expand(len(grid), -1), grid[:, None]).exp()[:, 0]
+        mean, variance = posterior.predict(inputs[:1])
+        step = float(grid[1] - grid[0])
+        assert float(density.sum()) * step == pytest.approx(1.0, abs=1e-6)
+        assert float((density * grid).sum()) * step == pytest.approx(float(mean), abs=1e-4)
+        second = float((density * (grid - float(mean)).square()).sum()) * step
+        assert second == pytest.approx(float(variance), rel=1e-3)
+        with pytest.raises(ValueError, match=r"noise_scale must be positive; got -1"):
+            HeteroscedasticRegression(noise_scale=-1)
+
+
 class TestSoftmax:
     @pytest.mark.parametrize("name", ["jensen", "tilted"])
     @pytest.mark.parametrize(("examples", "weights"), [(60, 5), (30, 50)])
@@ -141,8 +228,6 @@ class TestSoftmax:
             pull = (mean + 0.5 * variance).softmax(-1)
             weight = pull
         else:
-            from pyrolora.inference.vbll.objectives import optimal_tilt
-
             pull = optimal_tilt(LogitMoments(mean, variance))
             weight = pull * (1 - pull)
         known = torch.nn.functional.one_hot(data.labels, 3).double()
@@ -279,3 +364,74 @@ class TestGenerative:
             Regression(noise=-1.0)
         with pytest.raises(ValueError, match=r"expected \(90, outputs\)"):
             Regression().fit(features, labels.double())
+
+
+class TestContrasts:
+    """Rows that are independent but for a shift of all of them."""
+
+    def fitted(self, data, name, classes=3, steps=400, tolerance=1e-13):
+        white = whitened(data, classes)
+        return white, *optimum(
+            data, white, complete, Objective(name), steps=steps, tolerance=tolerance, start=ContrastRows.at_prior(white)
+        )
+
+    def test_two_classes_have_the_optimum_of_one_logistic_vector(self):
+        """Its prior variance is that of a difference of two rows, and any Normal posterior of it can be had."""
+        data = softmax_data(40, 4, classes=2)
+        white, rows, loss = self.fitted(data, "gauss_hermite", classes=2)
+        one = whitened(data, 1, 2**0.5 * PRIOR_SCALE)
+
+        def identified(moments, offset):
+            pad = torch.nn.functional.pad
+            return LogitMoments(pad(moments.mean, (1, 0)), pad(moments.spread, (1, 0)))
+
+        single, expected = optimum(data, one, identified, Objective("gauss_hermite"), tolerance=1e-13, steps=400)
+        assert loss == pytest.approx(expected, abs=1e-7)
+        found, wanted = moments_of(white, rows), moments_of(one, single)
+        assert (found.mean[:, 1] - found.mean[:, 0] - wanted.mean[:, 0]).abs().max() < 1e-4
+        assert (found.variance.sum(-1) / wanted.variance[:, 0] - 1).abs().max() < 1e-4
+
+    def test_the_loss_never_rises_and_ends_below_that_of_independent_rows(self):
+        data = softmax_data()
+        losses = [
+            optimum(data, w := whitened(data, 3), complete, Objective("tilted"), steps=n, tolerance=0.0,
+                    start=ContrastRows.at_prior(w))[1]
+            for n in (1, 3, 10, 30)
+        ]  # fmt: skip
+        assert all(later <= earlier for earlier, later in pairwise(losses))
+        _, independent = optimum(data, whitened(data, 3), complete, Objective("tilted"))
+        assert losses[-1] < independent - 1
+
+    def test_the_optimum_is_stationary(self):
+        data = softmax_data(30, 6)
+        white, rows, loss = self.fitted(data, "tilted")
+        for _ in range(10):
+            nudge = 1e-3 * torch.randn_like(rows.precision)
+            for sign in (1, -1):
+                other = ContrastRows(rows.mean, rows.precision + sign * (nudge + nudge.mT))
+                moments = moments_of(white, other)
+                bound = Objective("tilted")(moments, data.labels).sum()
+                assert float(other.divergence(other.roots(white.inputs)) - bound) > loss - 1e-9
+
+    @pytest.mark.parametrize(("examples", "weights"), [(30, 5), (12, 20)])
+    def test_the_factor_holds_it_exactly(self, examples, weights):
+        """Its ELBO as a distribution over the weights, with the KL of the general mechanism, is the loss that was found."""
+        data = softmax_data(examples, weights)
+        white, rows, loss = self.fitted(data, "tilted", steps=15)
+        site = Site("head.weight", torch.Size((3, weights)), ("class", "feature"))
+        prior = dist.Normal(torch.zeros((), dtype=torch.float64), PRIOR_SCALE).expand(site.shape).to_event(2)
+        factor = ClassContrasts().factor(site, torch.zeros(site.shape, dtype=torch.float64), prior)
+        assert place(factor, white, rows)
+        with torch.no_grad():
+            q = factor.distribution()
+            moments = logit_moments(q, data.inputs)
+            # the shift's variance slows the search for the tilt down
+            tilt = optimal_tilt(moments, steps=5000)
+            bound = moments.mean.gather(1, data.labels[:, None])[:, 0] - tilted_at(moments, tilt)
+            negative_elbo = float(torch.distributions.kl_divergence(q, prior) - bound.sum())
+        assert negative_elbo == pytest.approx(loss, abs=1e-4)
+
+    def test_one_row_has_no_contrasts(self):
+        site = Site("head.weight", torch.Size((1, 4)), ("class", "feature"))
+        with pytest.raises(ValueError, match=r"needs two rows at least; 'head\.weight' has 1\. Use BlockCovariance"):
+            ClassContrasts().factor(site, torch.zeros(site.shape), dist.Normal(0.0, 1.0).expand([1, 4]).to_event(2))

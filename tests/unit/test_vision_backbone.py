@@ -12,6 +12,7 @@ from pyrolora.inference.laplace import Laplace
 from pyrolora.inference.map import MAP
 from pyrolora.inference.posterior import Posterior
 from pyrolora.models.adapters import LastLayer, LoRA, PiSSA
+from pyrolora.models.answer_position import every_position
 from pyrolora.models.backbones import load_backbone
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.vision import VisionBackbone, is_vision
@@ -29,7 +30,7 @@ class TestFeatures:
     def test_they_are_the_class_token_after_the_last_norm_of_normalised_pixels(self, tiny_vision):
         backbone = tiny_vision()
         plain = backbone.network((images() - 0.5) / 0.5).last_hidden_state[:, 0]
-        torch.testing.assert_close(backbone.features({"pixel_values": images()}), plain, rtol=0, atol=0)
+        torch.testing.assert_close(backbone.features({"pixel_values": images()}), plain, rtol=0, atol=2e-6)
 
     @pytest.mark.parametrize(
         "network",
@@ -57,7 +58,7 @@ class TestFeatures:
         backbone = tiny_vision()
         pixels = (images(size=32) - 0.5) / 0.5
         plain = backbone.network(pixels, interpolate_pos_encoding=True).last_hidden_state[:, 0]
-        torch.testing.assert_close(backbone.features({"pixel_values": images(size=32)}), plain, rtol=0, atol=0)
+        torch.testing.assert_close(backbone.features({"pixel_values": images(size=32)}), plain, rtol=0, atol=2e-6)
 
     def test_pixels_have_gradients_through_the_normalisation(self, tiny_vision):
         backbone = tiny_vision(torch.float64)
@@ -79,6 +80,47 @@ class TestFeatures:
         model = BayesianModel(backbone, three_shapes())
         assert backbone.features({"pixel_values": images()}).dtype == torch.bfloat16
         assert model.initial()["head.weight"].dtype == torch.float32
+
+
+class TestLastBlock:
+    """The last block runs at the class token alone; hidden states of every position are the oracle."""
+
+    @pytest.fixture
+    def model(self, three_shapes_model):
+        return three_shapes_model(
+            adapter=[LoRA(rank=2, targets=("q_proj", "k_proj", "o_proj", "fc1", "fc2")), LastLayer()]
+        )
+
+    def test_what_nobody_reads_is_left_out(self, model):
+        names = {module: name for name, module in model.backbone.network.named_modules()}
+        found = [names[module] for module in model.backbone._answer_position.modules]
+        assert found == [f"layers.1.{part}" for part in ("attention.q_proj", "attention.o_proj", "mlp")]
+
+    def test_features_and_gradients_are_the_same(self, model):
+        batch = model.encode(model.task.test).batch([0, 1, 2, 3])
+        draw = {
+            name: torch.randn(2, *site.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+            for name, site in model.sites.items()
+        }
+        twice = model.repeated(batch, 2)
+        found = []
+        for everywhere in (False, True):
+            given = {name: value.clone().requires_grad_() for name, value in draw.items()}
+            if everywhere:
+                with every_position():
+                    logits = model.row_logits(twice, given)
+            else:
+                logits = model.row_logits(twice, given)
+            found.append((logits, *torch.autograd.grad(logits.sin().sum(), list(given.values()))))
+        for alone, whole in zip(*found, strict=True):
+            torch.testing.assert_close(alone, whole, rtol=1e-9, atol=1e-10)
+
+    def test_hidden_states_are_whole_afterwards(self, model):
+        batch = model.encode(model.task.test).batch([0, 1])
+        before = model.backbone.hidden_states(batch)
+        model.features(batch, model.initial())
+        model.release()
+        torch.testing.assert_close(model.backbone.hidden_states(batch), before, rtol=0, atol=0)
 
 
 class TestModels:

@@ -1,0 +1,45 @@
+"""The adapters of a model: those that a user gave, and what its task asks for beside them."""
+
+from collections.abc import Sequence
+
+from pyrolora.models.adapters.base import Adapter
+from pyrolora.models.adapters.last_layer import LastLayer
+from pyrolora.models.adapters.lora import LoRA
+from pyrolora.models.tasks import Task
+
+
+def adapters_for(task: Task, adapter: Adapter | Sequence[Adapter] | None) -> tuple[Adapter, ...]:
+    """The adapters of a model of a task: ``adapters_for(task, [LoRA(rank=8), LastLayer()])``.
+
+    Args:
+        task: the task; classes of images have no words, so one of images gets a `LastLayer` if there is none.
+        adapter: one adapter, several, or None for ``LoRA()``.
+
+    Raises:
+        TypeError: an adapter that is none.
+        ValueError: an empty list, or a `LastLayer` for classes that are other ones in every episode.
+    """
+    adapters = _as_adapters(adapter)
+    has_head = any(isinstance(one, LastLayer) for one in adapters)
+    if task.format.kind == "image" and not has_head:
+        # without a head all logits would stay zero
+        return (*adapters, LastLayer())
+    if task.format.kind == "episode" and has_head:
+        raise ValueError(
+            f"The classes of {task.name!r} are other ones in every episode, and LastLayer() has a row for each class. Leave "
+            "it out: queries are compared with prototypes."
+        )
+    return adapters
+
+
+def _as_adapters(adapter: Adapter | Sequence[Adapter] | None) -> tuple[Adapter, ...]:
+    if adapter is None:
+        return (LoRA(),)
+    adapters = tuple(adapter) if isinstance(adapter, list | tuple) else (adapter,)
+    for one in adapters:
+        if not isinstance(one, Adapter):
+            given = f"the class {one.__name__}" if isinstance(one, type) else f"a {type(one).__name__}"
+            raise TypeError(f"An adapter is {given}; expected an instance such as LoRA(rank=8), or a list of them.")
+    if not adapters:
+        raise ValueError("The list of adapters is empty. Give one such as LoRA(rank=8), or leave it out for LoRA().")
+    return adapters

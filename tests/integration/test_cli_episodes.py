@@ -1,0 +1,67 @@
+"""Few-shot episodes from the command line: members fitted, put together, and judged; mistakes in one sentence."""
+
+import json
+import logging
+
+import pytest
+from typer.testing import CliRunner
+
+from pyrolora.cli import app
+
+TASK = "digits:3w1s2q"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two members and their pool."""
+    root = tmp_path_factory.mktemp("episodes")
+    for method, setting in (("meta_tuning", "steps=1"), ("amt", "attack=PyramidPGD(0.001)")):
+        run("fit", "--method", method, "--model", "tiny-vit", "--task", TASK, "--set", f"{method}.steps=1", "--set",
+            f"{method}.{setting}", "--out", root / method, "--quiet")  # fmt: skip
+    run("pool", root / "meta_tuning", root / "amt", "--out", root / "pool")
+    return root
+
+
+def run(*arguments, code=0):
+    # no log handler may be left that writes to the runner's closed stream
+    handlers, level = logging.root.handlers[:], logging.root.level
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    logging.root.handlers[:], logging.root.level = handlers, level
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_members_and_pools_are_judged_on_any_domain(folders):
+    judged = run(
+        "episodes", folders / "amt", folders / "pool", "--episodes", 3, "--attack", "PGD(0.05, steps=2)", "--semantics",
+        "mixture", "--merge", "MergeRule(top=1)", "--quiet",
+    )  # fmt: skip
+    member, pool = (json.loads(line) for line in judged.stdout.splitlines() if line.startswith("{"))
+    assert 0 <= member["robust_accuracy"] <= member["accuracy"] <= 1
+    assert "weight_0" not in member
+    assert pool["weight_0"] + pool["weight_1"] == pytest.approx(1)
+    assert pool["task"] == TASK
+
+
+def test_the_fits_settings_are_kept_as_declared(folders):
+    record = json.loads((folders / "amt" / "posterior_config.json").read_text())["record"]
+    assert record["attack"]["attack"] == "PyramidPGD"
+    assert record["attack"]["epsilon"] == 0.001
+    assert record["perturbation"] == {"mode": "awp", "size": 0.001}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--attack", "PGD(-0.1)"], "in [0, 1]; got -0.1"),
+        (["--attack", "PDG(0.1)"], "Did you mean 'PGD'"),
+        (["--task", "digits"], "Name the task 'digits:3w1s'"),
+        (["--task", "digits:3w2s2q", "--semantics", "mena"], "Did you mean 'mean'"),
+        (["--task", "digits:4w1s2q"], "episodes of 4 classes and 8 queries"),
+        (["--episodes", "0"], "ask for 6 to 3600"),
+    ],
+)
+def test_mistakes_are_one_sentence(folders, arguments, reason):
+    result = run("episodes", folders / "pool", "--quiet", *arguments, code=2)
+    assert reason in result.output
+    assert "Traceback" not in result.output
