@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from pyrolora.guides.base import Factor, Family
 from pyrolora.guides.mean_field import require_positive
@@ -35,11 +36,14 @@ class StiefelNormal(Family):
         ValueError: ``init_scale`` is not positive.
     """
 
-    on_manifolds: ClassVar = True
-
     init_scale: float | None = field(
         default=None, metadata={"help": "deviation of a tangent entry at the start; None for 0.1 / sqrt(rows)"}
     )
+
+    @classmethod
+    def fits_manifold(cls, support: constraints.Constraint) -> bool:
+        """See `Family.fits_manifold`."""
+        return support is stiefel
 
     def __post_init__(self) -> None:
         require_positive(self.init_scale)

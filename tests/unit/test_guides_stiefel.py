@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from pyro import poutine
+from torch.distributions import constraints
 
 from pyrolora.guides import MeanField, Point, StiefelNormal, build_guide
 from pyrolora.guides.stiefel import StiefelNormalDistribution, log_volume
@@ -13,7 +14,7 @@ from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.svi import SVI
 from pyrolora.models.adapters import PoLAR
 from pyrolora.models.stiefel import orthogonality_error, uniform_point
-from pyrolora.models.uniform_stiefel import UniformStiefel
+from pyrolora.models.uniform_stiefel import UniformStiefel, stiefel
 
 
 def posterior_at(rows, rank, scale, seed=0):
@@ -224,5 +225,6 @@ class TestGuide:
             build_guide(StiefelNormal(), model)
         with pytest.raises(ValueError, match="init_scale is a standard deviation"):
             StiefelNormal(-1.0)
-        assert StiefelNormal.on_manifolds
-        assert Point.on_manifolds
+        assert StiefelNormal.fits_manifold(stiefel)
+        assert not StiefelNormal.fits_manifold(constraints.simplex)
+        assert Point.fits_manifold(stiefel)

@@ -12,6 +12,7 @@ from pyrolora.guides import BLoB, MeanField, build_guide
 from pyrolora.guides import local as local_noise
 from pyrolora.inference.released import ReleasedBLoB, ReleasedRun
 from pyrolora.models.adapters import LoRA
+from pyrolora.models.backbones import Backbone
 from pyrolora.models.priors import Flat, learned
 
 # M is 25 here: the run meets the heavy end of a cycle and the beginning of the next
@@ -59,6 +60,8 @@ def model(three_topics_model, monkeypatch):
         return self.weight * hidden * (hidden.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
 
     monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+    # the transcription draws noise for the last block's queries that nobody reads, which the library leaves out
+    monkeypatch.setattr(Backbone, "_restrict", lambda self, positions: None)
     return three_topics_model(adapter=LoRA(rank=2, alpha=4.0, layers=(1, 2)), prior=PRIOR)
 
 
