@@ -75,6 +75,8 @@ def laplace_bridge(mean: Tensor, covariance: Tensor) -> Tensor:
 
     Off by 0.1 and more where logit variances exceed about 1, and not invariant to a shift of all logits.
 
+    Logits that have no variance left at zero sum are put through the softmax.
+
     ``alpha_k = (1 - 2/C + exp(m_k) / C^2 sum_l exp(-m_l)) / v_k`` with m and v conditioned on ``sum_k logit_k = 0``.
 
     Source: Hobbhahn, Kristiadi and Hennig, "Fast predictive uncertainty for classification with Bayesian deep networks",
@@ -91,13 +93,19 @@ def laplace_bridge(mean: Tensor, covariance: Tensor) -> Tensor:
     classes = mean.shape[-1]
     total = covariance.sum((-2, -1))
     row_sums = covariance.sum(-1)
-    centred = mean - row_sums * (mean.sum(-1) / total)[..., None]
-    variance = (covariance - row_sums[..., :, None] * row_sums[..., None, :] / total[..., None, None]).diagonal(
+    # a sum without variance is fixed already, and then the row sums are zero too
+    divisor = total.masked_fill(total <= 0, 1)
+    centred = mean - row_sums * (mean.sum(-1) / divisor)[..., None]
+    variance = (covariance - row_sums[..., :, None] * row_sums[..., None, :] / divisor[..., None, None]).diagonal(
         dim1=-2, dim2=-1
     )
+    least = 8 * torch.finfo(mean.dtype).eps * covariance.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
+    certain = (variance <= least).all(-1, keepdim=True)
     inverse_sum = (-centred).exp().sum(-1, keepdim=True)
-    alpha = (1 - 2 / classes + centred.exp() * inverse_sum / classes**2) / variance
-    return alpha / alpha.sum(-1, keepdim=True)
+    alpha = (1 - 2 / classes + centred.exp() * inverse_sum / classes**2) / variance.maximum(least).masked_fill(
+        certain, 1
+    )
+    return torch.where(certain, centred.softmax(-1), alpha / alpha.sum(-1, keepdim=True))
 
 
 def quadrature(mean: Tensor, covariance: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ import pyrolora as pl
 from pyrolora.inference.diagnostics import calibrate_engine, loo, posterior_khat, rank_diagram
 
 SMOKE = os.environ.get("SMOKE") == "1"
-TRAIN, DRAWS, WARMUP, STEPS, SIMULATIONS = (12, 100, 2, 3, 20) if SMOKE else (60, 300, 100, 400, 60)
+TRAIN, DRAWS, WARMUP, STEPS, SIMULATIONS = (12, 100, 2, 3, 20) if SMOKE else (60, 300, 100, 300, 40)
 
 backbone = pl.load_backbone("smollm2-135m", dtype="float32")
 task = pl.task("crowd_tweets", train_size=TRAIN)

@@ -95,6 +95,18 @@ def test_mean_field_and_probit_leave_missing_options_out():
         laplace_bridge(mean, covariance)
 
 
+def test_bridge_of_logits_without_variance_at_zero_sum_is_the_softmax():
+    generator = torch.Generator().manual_seed(3)
+    mean = torch.randn(4, 3, generator=generator, dtype=torch.float64)
+    for covariance in (torch.zeros(4, 3, 3), torch.ones(4, 3, 3)):
+        # an equal shift of all logits is the only thing that is uncertain in the second
+        torch.testing.assert_close(laplace_bridge(mean, covariance.double()), mean.softmax(-1), rtol=1e-12, atol=0)
+    one = torch.randn(4, 3, 1, generator=generator, dtype=torch.float64)
+    rank_one = laplace_bridge(mean, one @ one.mT)
+    assert rank_one.isfinite().all()
+    torch.testing.assert_close(rank_one.sum(-1), torch.ones(4, dtype=torch.float64))
+
+
 def test_bridge_is_the_dirichlet_of_its_source():
     """Equation by equation in plain loops, with the conditioning on a zero sum as a dense projection."""
     mean, covariance = random_gaussians(scale=0.5)
