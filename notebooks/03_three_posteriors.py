@@ -123,8 +123,9 @@ axes[0].legend(frameon=False, loc="lower right")
 # %% [markdown]
 # ## Where their width sits
 #
-# Standard deviation of a weight, layer by layer, as a share of its prior's: one says that the data taught nothing about
-# the width.
+# Standard deviation of a weight, layer by layer, as a share of its declared prior's. The lines are flat and lie at the
+# upper edge: BLoB's widths are the prior's own in every layer, and Laplace's are everywhere the share of the prior that
+# validation chose. Two hundred headlines teach neither of them in which layer to be wide.
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(10.5, 3.4), constrained_layout=True)
@@ -154,4 +155,8 @@ for name in posteriors:
 # %% [markdown]
 # ## Answer
 #
-# ANSWER
+# They differ in what they cost more than in what they predict. All three leave the accuracy where MAP has it, bring its NLL
+# and calibration error down, and are unsure about the same headlines; which of them is ahead changes with the seed. The
+# tweets are told apart best by the last layer, whose adapters agree on what a headline is. And the last layer takes
+# seconds on top of a finished fit and predicts in one pass of the network, a tenth of the time of the other two. Start there,
+# and go on to the adapters if their width is what you are after.
