@@ -157,6 +157,5 @@ for name in posteriors:
 #
 # They differ in what they cost more than in what they predict. All three leave the accuracy where MAP has it, bring its NLL
 # and calibration error down, and are unsure about the same headlines; which of them is ahead changes with the seed. The
-# tweets are told apart best by the last layer, whose adapters agree on what a headline is. And the last layer takes
-# seconds on top of a finished fit and predicts in one pass of the network, a tenth of the time of the other two. Start there,
-# and go on to the adapters if their width is what you are after.
+# tweets are told apart best by the last layer, which takes seconds on top of a finished fit and predicts in one pass of the
+# network, a tenth of the time of the other two. Start there, and go on to the adapters if their width is what you are after.
