@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyrolora.models.naming import nearest
+from pyrolora.models.randomness import seeded
 from pyrolora.models.sites import Site
 
 ROLES = ("loc", "scale", "point", "manifold")
@@ -226,19 +227,19 @@ class SeededBy:
 
     def __init__(self, generator: torch.Generator | None, devices: list[torch.device]) -> None:
         self.generator = generator
-        self._fork = torch.random.fork_rng(devices=devices)
+        self.device = devices[0] if devices else torch.device("cpu")
 
     def __enter__(self) -> None:
         """Fork and seed."""
         if self.generator is not None:
             seed = int(torch.randint(2**62, (), generator=self.generator))
-            self._fork.__enter__()
-            torch.manual_seed(seed)
+            self._scope = seeded(seed, self.device)
+            self._scope.__enter__()
 
     def __exit__(self, *details: Any) -> None:
         """Restore the global state."""
         if self.generator is not None:
-            self._fork.__exit__(*details)
+            self._scope.__exit__(*details)
 
 
 def by_pattern(specification: GuideSpecification) -> Mapping[str, Family]:

@@ -1,9 +1,6 @@
 """Posteriors on disk: a PEFT adapter of the mean, the full guide in safetensors, settings in JSON."""
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +11,7 @@ from torch import Tensor
 from pyrolora.guides.base import Family
 from pyrolora.guides.build import build_guide, resolve
 from pyrolora.models.adapters import Adapter
+from pyrolora.models.atomic import replacing_folder
 from pyrolora.models.backbones import Backbone, load_backbone
 from pyrolora.models.naming import nearest
 from pyrolora.models.priors import Prior
@@ -46,25 +44,10 @@ def save(posterior: "Posterior", folder: str | Path) -> Path:
     """
     folder = Path(folder).resolve()
     check_place(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    replaced = None
-    try:
+    with replacing_folder(folder) as partial:
         (partial / CONFIG).write_text(json.dumps(_config(posterior), indent=2))
         save_file(_tensors(posterior), partial / WEIGHTS)
         _write_peft(posterior, partial)
-        partial.chmod(0o755)
-        if folder.exists():
-            replaced = partial.with_name(partial.name + "-old")
-            os.replace(folder, replaced)
-        os.replace(partial, folder)
-        if replaced is not None:
-            shutil.rmtree(replaced)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        if replaced is not None and not folder.exists():
-            os.replace(replaced, folder)
-        raise
     return folder
 
 

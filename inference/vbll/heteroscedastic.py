@@ -10,7 +10,7 @@ from pyrolora.guides.vbll import LogitMoments
 from pyrolora.inference.last_layer import HeadData
 from pyrolora.inference.links import hermite
 from pyrolora.inference.vbll.natural import GaussianRows, Whitened, optimum
-from pyrolora.inference.vbll.regression import NOISE_ROUNDS, NOISE_TOLERANCE, check_regression
+from pyrolora.inference.vbll.regression import NOISE_ROUNDS, NOISE_TOLERANCE, check_positive, check_regression
 
 # natural-gradient steps between two updates of the noise's level
 STEPS_A_ROUND = 3
@@ -108,9 +108,7 @@ class HeteroscedasticRegression:
     )
 
     def __post_init__(self) -> None:
-        for name in ("prior_scale", "noise_scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}. Try 1.0.")
+        check_positive(self, "prior_scale", "noise_scale")
 
     def fit(self, features: Tensor, targets: Tensor) -> HeteroscedasticPosterior:
         """The posterior under a data set.

@@ -75,8 +75,7 @@ class Regression:
     noise: float | None = field(default=None, metadata={"help": "noise of an output; None learns it"})
 
     def __post_init__(self) -> None:
-        if not self.prior_scale > 0:
-            raise ValueError(f"prior_scale must be positive; got {self.prior_scale}. Try 1.0.")
+        check_positive(self, "prior_scale")
         if self.noise is not None and not self.noise > 0:
             raise ValueError(f"noise must be positive, or None to learn it; got {self.noise}. Try 0.1.")
 
@@ -107,6 +106,17 @@ class Regression:
             if bool(((noise / before).log().abs() < NOISE_TOLERANCE).all()):
                 break
         return posterior
+
+
+def check_positive(settings: object, *names: str) -> None:
+    """Refuse settings that are not positive numbers: ``check_positive(self, "prior_scale")``.
+
+    Raises:
+        ValueError: the first such setting.
+    """
+    for name in names:
+        if not getattr(settings, name) > 0:
+            raise ValueError(f"{name} must be positive; got {getattr(settings, name)}. Try 1.0.")
 
 
 def check_regression(features: Tensor, targets: Tensor) -> None:

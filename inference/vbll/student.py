@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyrolora.inference.last_layer import HeadData
 from pyrolora.inference.vbll.natural import GaussianRows, Whitened
-from pyrolora.inference.vbll.regression import check_regression
+from pyrolora.inference.vbll.regression import check_positive, check_regression
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,7 @@ class StudentRegression:
     rate: float = field(default=1.0, metadata={"help": "rate of the Gamma prior, in squared units of the targets"})
 
     def __post_init__(self) -> None:
-        for name in ("prior_scale", "shape", "rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}. Try 1.0.")
+        check_positive(self, "prior_scale", "shape", "rate")
 
     def fit(self, features: Tensor, targets: Tensor) -> StudentPosterior:
         """The posterior under a data set.

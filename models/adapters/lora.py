@@ -92,14 +92,7 @@ class LoRA(Adapter):
         self, backbone: Backbone, sites: Sequence[Site], generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
         """See `Adapter.initial`: PEFT's start, A uniform and B zero."""
-        start = {}
-        for site in sites:
-            value = torch.zeros(site.shape, dtype=backbone.site_dtype)
-            if site.name.endswith("lora_A"):
-                bound = 1 / math.sqrt(site.shape[-1])
-                value.uniform_(-bound, bound, generator=generator)
-            start[site.name] = value.to(backbone.device)
-        return start
+        return uniform_down(backbone, sites, generator)
 
     def deltas(self, sites: Sequence[Site], draw: Mapping[str, Tensor]) -> dict[str, Delta]:
         """See `Adapter.deltas`: ``x -> (alpha / rank) B A x`` in the sites' own float type."""
@@ -148,6 +141,20 @@ class LoRA(Adapter):
             key: value for site in sites for key, value in zip(site.keys, draw[site.name].unbind(0), strict=True)
         }
         return {**lora_config(sites), "r": self.rank, "lora_alpha": self.alpha}, weights
+
+
+def uniform_down(
+    backbone: Backbone, sites: Sequence[Site], generator: torch.Generator | None = None
+) -> dict[str, Tensor]:
+    """PEFT's start: every A uniform in ``+-1/sqrt(in)``, everything else zero; see `Adapter.initial`."""
+    start = {}
+    for site in sites:
+        value = torch.zeros(site.shape, dtype=backbone.site_dtype)
+        if site.name.endswith("lora_A"):
+            bound = 1 / math.sqrt(site.shape[-1])
+            value.uniform_(-bound, bound, generator=generator)
+        start[site.name] = value.to(backbone.device)
+    return start
 
 
 def factor_pairs(sites: Sequence[Site]) -> list[tuple[Site, Site]]:

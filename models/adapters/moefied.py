@@ -1,6 +1,5 @@
 """Low-rank adapters whose feed-forward channels form experts, weighed by a router that fades until it can be left out."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
@@ -12,7 +11,7 @@ from torch.nn import functional
 from pyrolora.models.active_entries import stack_entries
 from pyrolora.models.adapters.base import PROGRESS, Adapter, site_linear
 from pyrolora.models.adapters.gated import LowRankDelta
-from pyrolora.models.adapters.lora import stored_weight
+from pyrolora.models.adapters.lora import stored_weight, uniform_down
 from pyrolora.models.adapters.targets import find_projections
 from pyrolora.models.backbones import Backbone, Delta, OutputGate
 from pyrolora.models.clustering import balanced_clusters
@@ -150,14 +149,7 @@ class MoEfiedLoRA(Adapter):
         self, backbone: Backbone, sites: Sequence[Site], generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
         """See `Adapter.initial`: A uniform as PEFT's, B and the router zero."""
-        start = {}
-        for site in sites:
-            value = torch.zeros(site.shape, dtype=backbone.site_dtype)
-            if site.name.endswith("lora_A"):
-                bound = 1 / math.sqrt(site.shape[-1])
-                value.uniform_(-bound, bound, generator=generator)
-            start[site.name] = value.to(backbone.device)
-        return start
+        return uniform_down(backbone, sites, generator)
 
     def constants(
         self, backbone: Backbone, sites: Sequence[Site], calibration: "Calibration | None" = None

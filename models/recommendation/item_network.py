@@ -10,6 +10,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from pyrolora.models.backbones import Backbone
+from pyrolora.models.randomness import seeded
 from pyrolora.models.recommendation.windows import Window
 
 logger = logging.getLogger(__name__)
@@ -95,9 +96,7 @@ def fit_item_network(
         eos_token_id=1,
         tie_word_embeddings=True,
     )
-    devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    with seeded(seed, device):
         network: Any = LlamaForCausalLM(config)
         network.to(device).train()
         optimiser = torch.optim.AdamW(network.parameters(), learning_rate, weight_decay=0.01)

@@ -3,9 +3,6 @@
 import hashlib
 import json
 import logging
-import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pyrolora.models.atomic import replacing_folder
 from pyrolora.models.recommendation.interactions import Interactions
 from pyrolora.models.recommendation.sasrec import SASRec, fit_sasrec
 from pyrolora.models.recommendation.windows import CANDIDATES, HISTORY, Window, long_enough, windows_of
@@ -189,9 +187,7 @@ def write_windows(
     for part, made in windows.items():
         vectors[f"{part}/sequence"] = states[part]
         vectors[f"{part}/random_sequence"] = _noise(made, states[part].shape[-1], int(settings.get("seed", 0)))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with replacing_folder(folder) as partial:
         names = {"names": interactions.item_names, "titles": interactions.titles}
         (partial / ITEMS).write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
         for part, made in windows.items():
@@ -202,17 +198,6 @@ def write_windows(
             encoder.save(partial / ENCODER)
         counts = {part: len(made) for part, made in windows.items()}
         (partial / SETTINGS).write_text(json.dumps({**settings, "windows": counts}, indent=2))
-        partial.chmod(0o755)
-        replaced = None
-        if folder.exists():
-            replaced = partial.with_name(partial.name + "-old")
-            os.replace(folder, replaced)
-        os.replace(partial, folder)
-        if replaced is not None:
-            shutil.rmtree(replaced)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return folder
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from pyrolora.models.atomic import replacing
+from pyrolora.models.randomness import seeded
 
 logger = logging.getLogger(__name__)
 
@@ -172,9 +173,7 @@ def fit_sasrec(
         raise ValueError("No user has two items, so there is nothing to learn what comes next from.")
     inputs = left_padded([piece[:-1] for piece in pieces], length, items)
     targets = left_padded([piece[1:] for piece in pieces], length, items)
-    devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    with seeded(seed, device):
         model = SASRec(items, features, length).to(device).train()
         optimiser = torch.optim.Adam(model.parameters(), learning_rate, betas=(0.9, 0.98))
         bar = tqdm(range(epochs), desc="sasrec", disable=not progress, leave=False)

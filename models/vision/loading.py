@@ -11,6 +11,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from pyrolora.models.backbones import attention_of, packaged_file
 from pyrolora.models.cache import made_once
+from pyrolora.models.randomness import seeded
 from pyrolora.models.vision.backbone import VisionBackbone
 from pyrolora.models.vision.onnx import read_graph
 
@@ -91,8 +92,7 @@ def tiny_vit(seed: int = 0, **config: Any) -> PreTrainedModel:
         seed: of the weights.
         config: changes of its configuration, see ``transformers.ViTConfig``.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return ViTModel(ViTConfig(**(TINY_CONFIG | config)), add_pooling_layer=False)
 
 

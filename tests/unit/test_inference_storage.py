@@ -1,6 +1,7 @@
 """Posteriors on disk: the same draws after a round trip, plain PEFT files, and refusals that leave nothing half-written."""
 
 import json
+import os
 
 import pyro.distributions as dist
 import pytest
@@ -195,14 +196,14 @@ class TestSavingIsWholeOrNothing:
     def test_an_earlier_posterior_survives_a_failure_between_the_two_moves(self, fit, tmp_path, monkeypatch):
         posterior = fit("map")
         posterior.save_pretrained(tmp_path / "kept")
-        move = storage.os.replace
+        move = os.replace
 
         def failing_second(source, target):
             if not str(source).endswith("kept") and not str(source).endswith("-old"):
                 raise OSError("interrupted")
             move(source, target)
 
-        monkeypatch.setattr(storage.os, "replace", failing_second)
+        monkeypatch.setattr(os, "replace", failing_second)
         with pytest.raises(OSError, match="interrupted"):
             posterior.save_pretrained(tmp_path / "kept")
         assert (tmp_path / "kept" / storage.CONFIG).is_file()
