@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints, register_kl
 
 from pyrolora.guides.base import Factor, Family
+from pyrolora.guides.full_covariance import unit_free_tril
 from pyrolora.guides.mean_field import require_positive, starting_scale
 from pyrolora.guides.normal_kl import kl_to_factorised_normal
 from pyrolora.guides.projection import projected_covariance
@@ -159,16 +160,6 @@ register_kl(BlockNormal, dist.Independent)(kl_to_factorised_normal)
 def _project(distribution: BlockNormal, jacobian: Tensor) -> Tensor:
     rows = torch.einsum("crkd,kde->rcke", jacobian, distribution.scale_tril).flatten(2)
     return rows @ rows.mT
-
-
-def unit_free_tril(log_diag: Tensor, lower: Tensor) -> Tensor:
-    """``D (I + L)``: a Cholesky factor whose entries below the diagonal have no unit, so that one learning rate suits them.
-
-    Shape:
-        log_diag ``(..., weights)``, lower ``(..., weights, weights)``, of which only what is below the diagonal counts
-    """
-    eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-    return log_diag.exp()[..., None] * (lower.tril(-1) + eye)
 
 
 class BlockCovarianceFactor(Factor):

@@ -84,8 +84,18 @@ class DenseNormal(dist.TransformedDistribution):
         return self.scale_tril.square().sum(-1).reshape(self.loc.shape)
 
 
+def unit_free_tril(log_diag: Tensor, lower: Tensor) -> Tensor:
+    """``D (I + L)``: a Cholesky factor whose entries below the diagonal have no unit, so that one learning rate suits them.
+
+    Shape:
+        log_diag ``(..., weights)``, lower ``(..., weights, weights)``, of which only what is below the diagonal counts
+    """
+    eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+    return log_diag.exp()[..., None] * (lower.tril(-1) + eye)
+
+
 class FullCovarianceFactor(Factor):
-    """Mean, and the lower Cholesky factor of the covariance with its diagonal in logarithm."""
+    """Mean, and the Cholesky factor: its diagonal in logarithm, what is below it over the diagonal of its line."""
 
     roles: ClassVar = {"loc": "loc", "log_diag": "scale", "lower": "scale"}
 
@@ -98,13 +108,14 @@ class FullCovarianceFactor(Factor):
     @property
     def scale_tril(self) -> Tensor:
         """Lower Cholesky factor of the covariance, ``(weights, weights)``."""
-        return self.lower.tril(-1) + self.log_diag.exp().diag()
+        return unit_free_tril(self.log_diag, self.lower)
 
     @torch.no_grad()
     def set_scale_tril(self, scale_tril: Tensor) -> None:
         """Take over a lower Cholesky factor, ``(weights, weights)``."""
-        self.lower.copy_(scale_tril.tril(-1))
-        self.log_diag.copy_(scale_tril.diagonal().log())
+        diagonal = scale_tril.diagonal()
+        self.lower.copy_(scale_tril.tril(-1) / diagonal[:, None])
+        self.log_diag.copy_(diagonal.log())
 
     def distribution(self) -> TorchDistribution:
         """See `Factor.distribution`."""

@@ -22,14 +22,16 @@ class LowRank(Family):
 
         SVI(guide={"*.lora_A": LowRank(rank=4), "*.lora_B": Point()})
 
-    The KL to a factorised Normal prior is analytic at O(weights * rank^2); no covariance matrix is formed.
+    The KL to a factorised Normal prior is analytic at O(weights * rank^2); no covariance matrix is formed. What is trained of
+    F is ``directions``, with ``F = d * directions / sqrt(weights)``: entries of one make a column as long as d, that is,
+    double the variance along it, whatever the prior's scale and the layer's size. So one learning rate suits d and F.
 
     Source: Ong et al., "Gaussian Variational Approximation with a Factor Covariance Structure", 2018.
 
     Args:
         rank: number of columns of F.
-        init_scale: standard deviation of a weight at the start; None starts at the prior's own. The columns of F start
-            at a hundredth of it, so that they can grow in either direction.
+        init_scale: standard deviation of a weight at the start; None starts at the prior's own. Directions start at random
+            with entries of 0.01, so that they can grow either way.
 
     Raises:
         ValueError: a rank below 1, or ``init_scale`` not positive.
@@ -125,9 +127,9 @@ class LowRankNormal(dist.TorchDistribution):
 
 
 class LowRankFactor(Factor):
-    """Mean, log diagonal scale and covariance factor of one site."""
+    """Mean, log diagonal scale, and the directions of the covariance factor in units of that scale (see `LowRank`)."""
 
-    roles: ClassVar = {"loc": "loc", "log_diag": "scale", "cov_factor": "scale"}
+    roles: ClassVar = {"loc": "loc", "log_diag": "scale", "directions": "scale"}
 
     def __init__(self, start: Tensor, scale: Tensor, rank: int) -> None:
         super().__init__()
@@ -136,11 +138,13 @@ class LowRankFactor(Factor):
         # a generator of its own, so that building a guide leaves a user's random state alone
         source = torch.Generator().manual_seed(0)
         noise = torch.randn(*self.log_diag.shape, rank, dtype=torch.float64, generator=source)
-        self.cov_factor = nn.Parameter(0.01 * scale.flatten(1)[..., None] * noise.to(scale))
+        self.directions = nn.Parameter(0.01 * noise.to(scale))
 
     def distribution(self) -> TorchDistribution:
         """See `Factor.distribution`."""
-        return LowRankNormal(self.loc, self.cov_factor, (2 * self.log_diag).exp())
+        scale = self.log_diag.exp()
+        factor = (scale / scale.shape[1] ** 0.5)[..., None] * self.directions
+        return LowRankNormal(self.loc, factor, scale.square())
 
     def mean(self) -> Tensor:
         """See `Factor.mean`."""

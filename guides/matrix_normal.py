@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributions import register_kl
 
 from pyrolora.guides.base import Factor, Family
-from pyrolora.guides.block_covariance import MOST_ENTRIES, RowNormal, require_matrix, unit_free_tril
+from pyrolora.guides.block_covariance import MOST_ENTRIES, RowNormal, require_matrix
+from pyrolora.guides.full_covariance import unit_free_tril
 from pyrolora.guides.mean_field import require_positive, starting_scale
 from pyrolora.guides.normal_kl import kl_to_factorised_normal
 from pyrolora.guides.projection import projected_covariance

@@ -137,6 +137,31 @@ class TestFactors:
         deviation = self.made(family).distribution().variance.sqrt()
         torch.testing.assert_close(deviation, torch.full_like(deviation, 0.2), rtol=1e-2, atol=0)
 
+    @pytest.mark.parametrize("family", [LowRank(rank=2), FullCovariance()], ids=str)
+    @pytest.mark.parametrize("rows", [1, 20])
+    def test_one_step_of_adam_keeps_the_width_near_its_start_whatever_the_priors_scale_and_the_layers_size(
+        self, family, rows
+    ):
+        site = Site("x", torch.Size((LAYERS, rows, COLUMNS)), ("layer", "row", "column"))
+        for scale in (1e-3, 1.0):
+            prior = dist.Normal(0.0, torch.tensor(scale, dtype=torch.float64)).expand(site.shape).to_event(3)
+            factor = family.factor(site, torch.zeros(site.shape, dtype=torch.float64), prior)
+            with torch.no_grad():  # Adam's first step is the rate itself, here all in one direction
+                for name, role in factor.roles.items():
+                    if role == "scale":
+                        factor.get_parameter(name).add_(0.02)
+            deviation = factor.distribution().variance.sqrt()
+            torch.testing.assert_close(deviation, torch.full_like(deviation, scale), rtol=0.1, atol=0)
+
+    def test_a_low_rank_entry_of_one_doubles_the_variance_along_its_column(self):
+        factor = self.made(LowRank(rank=1))
+        with torch.no_grad():
+            factor.directions.fill_(1.0)
+        low_rank = factor.distribution()
+        along = torch.full((WEIGHTS,), WEIGHTS**-0.5, dtype=torch.float64)
+        for oracle in oracles(low_rank):
+            torch.testing.assert_close(along @ oracle.covariance_matrix @ along, torch.tensor(2 * 0.2**2).double())
+
     def test_building_a_low_rank_factor_leaves_the_random_state_alone(self):
         start, before = torch.zeros(self.site.shape), torch.get_rng_state()
         LowRank(init_scale=0.1).factor(self.site, start, dist.Normal(0.0, 1.0))
