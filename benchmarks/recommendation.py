@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from pyrolora.inference.evaluation.experiment import ExperimentConfig, compare
 from pyrolora.inference.evaluation.ranking import hit_rate, ndcg
 from pyrolora.inference.posterior import Posterior
-from pyrolora.models.backbones import load_backbone
+from pyrolora.models.loading import load_backbone
 from pyrolora.models.recommendation import Preparation, read_interactions
 from pyrolora.models.recommendation.generation import count_answers, generate_answers
 from pyrolora.models.recommendation.item_network import fit_item_network, save_item_network

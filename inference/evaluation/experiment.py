@@ -21,7 +21,8 @@ from pyrolora.inference.storage import CONFIG as POSTERIOR
 from pyrolora.inference.storage import check_place
 from pyrolora.inference.storage import read_config as read_posterior_config
 from pyrolora.models.atomic import replacing
-from pyrolora.models.backbones import Backbone, load_backbone
+from pyrolora.models.backbones import Backbone
+from pyrolora.models.loading import load_backbone
 from pyrolora.models.tasks import Split, Task, task
 
 __all__ = ["CONFIG", "ExperimentConfig", "compare", "fit_one", "read_config"]

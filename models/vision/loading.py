@@ -9,8 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModel, Dinov2Config, Dinov2Model, PreTrainedModel, ViTConfig, ViTModel
 from transformers.image_processing_base import ImageProcessingMixin
 
-from pyrolora.models.backbones import attention_of, packaged_file
 from pyrolora.models.cache import made_once
+from pyrolora.models.float_types import attention_of
+from pyrolora.models.packaged import packaged_file
 from pyrolora.models.randomness import seeded
 from pyrolora.models.vision.backbone import VisionBackbone
 from pyrolora.models.vision.onnx import read_graph

