@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from pyrolora.inference.posterior import Posterior
+from pyrolora.models.adapters.base import PROGRESS
 from pyrolora.models.serving import merged
 from pyrolora.models.vision import VisionBackbone
 
@@ -48,10 +49,10 @@ def merge(posterior: Posterior, draw: Mapping[str, Tensor] | None = None) -> Pre
         )
     draw = posterior.mean() if draw is None else draw
     if model.gates(draw, posterior.context):
+        fading = ", ".join(str(adapter) for adapter in model.adapters if PROGRESS in adapter.context_keys)
         raise ValueError(
-            f"The router has not faded at {posterior.progress:.0%} of the training "
-            f"({', '.join(f'fade_end={end:.0%}' for end in _fade_ends(posterior))}): without it the network is another one. "
-            "Train on, and merge then."
+            f"After {posterior.progress:.0%} of the training the router has not faded: without it the network is another. "
+            f"Train {fading} until fade_end, and merge then."
         )
     classifier = _empty_classifier(posterior)
     with merged(model, draw, posterior.context) as network:
@@ -67,10 +68,6 @@ def merge(posterior: Posterior, draw: Mapping[str, Tensor] | None = None) -> Pre
     classifier.classifier.bias.copy_(bias)
     _check(posterior, draw, classifier)
     return classifier
-
-
-def _fade_ends(posterior: Posterior) -> list[float]:
-    return [end for adapter in posterior.model.adapters if (end := getattr(adapter, "fade_end", None)) is not None]
 
 
 def _empty_classifier(posterior: Posterior) -> Any:

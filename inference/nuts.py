@@ -101,7 +101,7 @@ class NUTS:
         head.normal_prior()
         encoded = model.encode(data).require_trainable()
         seed = self.seed if generator is None else int(torch.randint(2**31, (), generator=generator))
-        if estimate is None or estimate.model is not model:
+        if estimate is None or not model.prior.adopt(estimate.model.prior):
             model.prior.reset_scales()
             model.calibrate_prior(encoded)
         known = model.initial(torch.Generator().manual_seed(seed)) if estimate is None else estimate.mean()

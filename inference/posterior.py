@@ -46,13 +46,14 @@ class Posterior:
         posterior.save_pretrained("runs/blob")
 
     Args:
-        model: the model whose sites it describes.
+        model: the model whose sites it describes. Where its prior has learned scales, the posterior keeps them as they
+            are now (`BayesianModel.settled`).
         guide: the fitted guide.
         record: what made it (engine, settings, seed, history), kept with saved files.
     """
 
     def __init__(self, model: BayesianModel, guide: Guide, record: Mapping[str, Any]) -> None:
-        self.model = model
+        self.model = model.settled()
         self.guide = guide
         self.record = dict(record)
 

@@ -1,5 +1,6 @@
 """Priors over sites: a distribution, a mapping of patterns, or a callable, made into one answer per site."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -258,6 +259,22 @@ class Prior:
             )
         # a callable's constants are made on the CPU in the default type, wherever the backbone lives
         return fit_to_site(move(produced, self.device, self.dtype), site)
+
+    def snapshot(self) -> "Prior":
+        """This prior with learned scales of its own, which move no more when this one's do."""
+        other = copy.copy(self)
+        other.scales = {name: scale.clone() for name, scale in self.scales.items()}
+        other._centres = dict(self._centres)
+        return other
+
+    def adopt(self, other: "Prior") -> bool:
+        """Take over the learned scales of a prior that was declared alike; false, and nothing happens, if it was not."""
+        if self.scales.keys() != other.scales.keys() or self.to_dict() != other.to_dict():
+            return False
+        for name, scale in other.scales.items():
+            self.scales[name].copy_(scale)
+        self._centres.update(other._centres)
+        return True
 
     def reset_scales(self) -> None:
         """Put every learned scale back where it was declared."""

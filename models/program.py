@@ -1,5 +1,6 @@
 """The Pyro program: sites with priors, a frozen backbone, and labels observed in a data plate."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -145,6 +146,14 @@ class BayesianModel:
             self.backbone, self.task, self.adapters, self.prior.specification, num_data=self.num_data,
             max_length=self.max_length, constants=placed,
         )  # fmt: skip
+
+    def settled(self) -> "BayesianModel":
+        """This model with learned prior scales of its own, which later fits of this one leave alone; itself without any."""
+        if not self.prior.scales:
+            return self
+        other = copy.copy(self)
+        other.prior = self.prior.snapshot()
+        return other
 
     def relative_scales(self, ratio: float) -> dict[str, Tensor]:
         """Standard deviations under which every adapter changes its weights by a ratio; see `Adapter.relative_scales`."""

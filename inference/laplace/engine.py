@@ -127,6 +127,7 @@ class Laplace:
                 an estimate of other sites, or a site that the structure cannot take.
         """
         names = self._names(model)
+        adopted = estimate is not None and model.prior.adopt(estimate.model.prior)
         priors = declared_prior(model, names)
         if self.precision == "validation" and validation is None:
             raise ValueError(
@@ -150,7 +151,7 @@ class Laplace:
         _check_priors(structures, priors, self.structure)
         encoded = model.encode(data)
         encoded.require_trainable()
-        if estimate is not None and model.prior.in_logit_units:
+        if estimate is not None and not adopted and model.prior.in_logit_units:
             model.calibrate_prior(encoded)
             priors = declared_prior(model, names)
         if estimate is None:

@@ -179,6 +179,21 @@ class TestTheUsersState:
         assert float(model.prior.scales["q_proj.lora_A"]) == pytest.approx(0.1)
 
 
+class TestTwoFitsOfOneModel:
+    def test_a_posterior_keeps_the_learned_scales_of_its_own_fit(self, three_topics_model):
+        model = three_topics_model(prior=learned(0.05, after=0.0))
+        first = MAP(steps=STEPS).fit(model, model.task.train, progress=False)
+        kept = {name: scale.clone() for name, scale in first.model.prior.scales.items()}
+        assert all(float(scale) != 0.05 for scale in kept.values())
+        MAP(steps=STEPS, learning_rate=0.1).fit(model, model.task.train, progress=False)
+        assert all(torch.equal(first.model.prior.scales[name], scale) for name, scale in kept.items())
+        assert not any(torch.equal(model.prior.scales[name], scale) for name, scale in kept.items())
+
+    def test_a_posterior_without_learned_scales_keeps_the_model_itself(self, three_topics_model):
+        model = three_topics_model(prior=dist.Normal(0.0, 0.1))
+        assert MAP(steps=1).fit(model, model.task.train, progress=False).model is model
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("setting", "value"),

@@ -328,6 +328,26 @@ class TestOnlineEvidence:
             Laplace(online=-1)
 
 
+class TestLearnedScalesOfAnEstimate:
+    @pytest.fixture
+    def prior(self):
+        return {"*.lora_*": NORMAL, "head.weight": learned(0.1, after=0.0)}
+
+    def test_they_are_the_estimates_and_not_those_of_a_later_fit(self, three_topics_model, prior):
+        model = three_topics_model(adapter=[LORA, LastLayer()], prior=prior)
+        estimate = MAP(steps=5).fit(model, model.task.train, progress=False)
+        expected = float(estimate.model.prior.scales["head.weight"]) ** -2
+        MAP(steps=5, learning_rate=0.3).fit(model, model.task.train, progress=False)
+        posterior = fitted(model, estimate, structure="last_layer", precision="declared")
+        assert posterior.record["prior_precision"]["head.weight"] == pytest.approx(expected, rel=1e-6)
+
+    def test_an_estimate_under_another_prior_leaves_them_alone(self, three_topics_model, prior):
+        other = three_topics_model(adapter=[LORA, LastLayer()], prior=NORMAL)
+        model = three_topics_model(adapter=[LORA, LastLayer()], prior=prior)
+        posterior = fitted(model, point_at(other), structure="last_layer", precision="declared")
+        assert posterior.record["prior_precision"]["head.weight"] == pytest.approx(100.0)
+
+
 class TestRefusals:
     def test_validation_without_data(self, model):
         with pytest.raises(ValueError, match=r"pass validation=task.validation to fit"):
