@@ -183,7 +183,7 @@ class Posterior:
             if self.model.draws_locally and generator is not None:
                 local = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
             for batch in tqdm(batches, desc="predict", disable=not progress, leave=False):
-                whole = {**(trunks.attach(batch) if "trunk" not in batch else batch), **self.context}
+                whole = {**trunks.attach(batch), **self.context}
                 with SeededBy(local, self.guide.devices()):
                     made = predict_batch(whole)
                 made = made if isinstance(made, RowPrediction) else RowPrediction(made)

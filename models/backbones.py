@@ -205,13 +205,21 @@ class Backbone:
     def _blocks_return_tuples(self) -> bool:
         """Whether the network takes the first entry of what a block returns; seen in a forward of one token."""
         returned: list[Any] = []
-        handle = self.blocks[0].register_forward_hook(lambda module, args, output: returned.append(output))
+        with torch.no_grad(), self._unbound(), self._observed(self.blocks[0], returned.append):
+            self.body(**self._smallest_input())
+        return isinstance(returned[0], tuple)
+
+    @staticmethod
+    @contextmanager
+    def _observed(block: nn.Module, look: Callable[[Any], Any]) -> Iterator[None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            look(output)
+
+        handle = block.register_forward_hook(hook)
         try:
-            with torch.no_grad(), self._unbound():
-                self.body(**self._smallest_input())
+            yield
         finally:
             handle.remove()
-        return isinstance(returned[0], tuple)
 
     def _smallest_input(self) -> dict[str, Any]:
         return {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=self.device), "use_cache": False}
@@ -262,14 +270,18 @@ class Backbone:
 
         Args:
             batch: see `hidden_states`.
-            first_block: index of the lowest adapted block.
+            first_block: index of the lowest adapted block; the number of blocks where none is, for the last one's output.
 
         Shape:
             ``(rows, tokens, hidden)``
         """
         caught = Catch()
         with self._unbound(), self._swapped(range(first_block, len(self.blocks)), caught):
-            self.body(**self._inputs(batch))
+            if first_block < len(self.blocks):
+                self.body(**self._inputs(batch))
+            else:
+                with self._observed(self.blocks[-1], lambda output: caught(_hidden(output))):
+                    self.body(**self._inputs(batch))
         return caught.first
 
     @contextmanager
@@ -345,3 +357,8 @@ class Backbone:
         finally:
             for index, block in kept.items():
                 self.blocks[index] = block
+
+
+def _hidden(output: Any) -> Tensor:
+    """The hidden states in what a block returns."""
+    return output[0] if isinstance(output, tuple) else output

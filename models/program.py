@@ -106,7 +106,7 @@ class BayesianModel:
         blocks = [layer for site in self.adapter_sites.values() for layer in site.layers]
         # an episode's labelled images pass through the adapted blocks as well, and no trunk of the queries is theirs
         episodic = isinstance(self.head, PrototypeHead)
-        self.first_block = 0 if episodic else min(blocks, default=len(backbone.blocks) - 1)
+        self.first_block = 0 if episodic else min(blocks, default=len(backbone.blocks))
 
     def _sites_of(self, adapter: Adapter) -> tuple[Site, ...]:
         sites = adapter.sites(self.backbone, self.classes)
@@ -361,6 +361,10 @@ class BayesianModel:
         if "trunk" not in batch and self.first_block > 0:
             batch = {**batch, "trunk": self.backbone.trunk(batch, self.first_block)}
         rows = row_count(batch)
+        if self.first_block == len(self.backbone.blocks) and isinstance(self.head, LabelHead):
+            # no draw reaches the network, so one pass serves them all
+            features = self.features(batch, draw).repeat(draws, 1)
+            return self.feature_logits(features, draw).unflatten(0, (draws, rows))
         return self.row_logits(self.repeated(batch, draws), draw, local=local).unflatten(0, (draws, rows))
 
     def repeated(self, batch: Mapping[str, Tensor], draws: int) -> dict[str, Tensor]:

@@ -34,12 +34,12 @@ class TrunkCache:
         self._rows: list[Tensor | None] = [None] * num_rows
 
     def attach(self, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The batch with ``trunk`` added, from the cache where every row is in it.
+        """The batch with ``trunk`` added, from the cache where every row is in it; one that has a trunk keeps it.
 
         Shape:
             ``trunk`` is ``(rows, tokens, hidden)``.
         """
-        if self.first_block == 0:
+        if self.first_block == 0 or "trunk" in batch:
             return batch
         mask = self.backbone.token_mask(batch).bool().to(self.backbone.device)
         stored = [self._rows[row] for row in batch["index"].tolist()]

@@ -1,5 +1,6 @@
 """Simulation-based calibration: fit what is known to be true, many times, and see where the truth ranks."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from pyrolora.inference.predictive import log_likelihood
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.randomness import seeded
 from pyrolora.models.tasks import EncodedSplit, Split
+from pyrolora.models.trunk import TrunkCache
 
 # simulated ranks behind a p-value and a band
 NULL_SIMULATIONS = 4000
@@ -131,11 +133,22 @@ def simulation_based_calibration(
     return SimulationBasedCalibration(names, torch.stack(ranks), sizes.pop(), seed)
 
 
+@dataclass(frozen=True, eq=False)
 class SimulatedSplit(EncodedSplit):
     """Rows whose labels came from the model: all of one class is then a draw like another, not a mistake in the data.
 
     Leaving such draws out would make ranks non-uniform under the true posterior.
+
+    Args:
+        trunks: hidden states below the lowest adapted block, which are the same in every simulation.
     """
+
+    trunks: TrunkCache | None = None
+
+    def batch(self, positions: list[int], device: torch.device | str | None = None) -> dict[str, Tensor]:
+        """See `EncodedSplit.batch`; with the trunk."""
+        batch = super().batch(positions, device)
+        return batch if self.trunks is None else dict(self.trunks.attach(batch))
 
     def require_trainable(self) -> "EncodedSplit":
         """The split itself: see `EncodedSplit.require_trainable`."""
@@ -173,7 +186,8 @@ def calibrate_engine(
     Raises:
         ValueError: see `simulation_based_calibration`; also an improper prior.
     """
-    encoded = model.encode(data)
+    trunks = TrunkCache(model.backbone, model.first_block, len(data))
+    encoded = SimulatedSplit(**vars(model.encode(data)), trunks=trunks)
     improper = [name for name, entry in model.prior.to_dict().items() if entry["prior"] == "Flat"]
     if improper:
         raise ValueError(
@@ -191,7 +205,7 @@ def calibrate_engine(
                 unlabelled = {key: value for key, value in batch.items() if key != "labels"}
                 labels[batch["index"]] = poutine.condition(model, data=truth)(unlabelled).cpu()
         model.release()
-        simulated = SimulatedSplit(**{**vars(encoded), "labels": labels})
+        simulated = dataclasses.replace(encoded, labels=labels)
         return _measure({name: value[None] for name, value in truth.items()}, simulated)[0], simulated
 
     def fit(simulated: EncodedSplit, generator: torch.Generator) -> Tensor:

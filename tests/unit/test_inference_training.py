@@ -179,6 +179,18 @@ class TestTheUsersState:
         assert float(model.prior.scales["q_proj.lora_A"]) == pytest.approx(0.1)
 
 
+class TestOnlyTheLastLayer:
+    def test_the_blocks_run_once_for_each_example_however_many_steps(self, three_topics_model):
+        model = three_topics_model(adapter=LastLayer(), prior=dist.Normal(0.0, 0.1))
+        counts, rows = [], []
+        model.backbone.blocks[-1].register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+        for steps in (1, 4, 12):  # the first fit also looks at how the network is built
+            rows.clear()
+            SVI(guide=MeanField(), steps=steps, batch_size=5).fit(model, model.task.train, progress=False)
+            counts.append(sum(rows))
+        assert counts[2] <= len(model.task.train) + 5 < 12 * 5
+
+
 class TestTwoFitsOfOneModel:
     def test_a_posterior_keeps_the_learned_scales_of_its_own_fit(self, three_topics_model):
         model = three_topics_model(prior=learned(0.05, after=0.0))

@@ -21,7 +21,7 @@ def encoded(request, three_topics, tiny_tokenizer):
     return encode(task.train, task.format, tiny_tokenizer, padding=request.param)
 
 
-@pytest.mark.parametrize("first_block", [0, 1, 2])
+@pytest.mark.parametrize("first_block", [0, 1, 2, 3])
 def test_trunk_and_resume_equal_the_whole_forward_exactly(backbone, encoded, first_block):
     batch = encoded.batch([0, 1, 2])
     trunk = backbone.trunk(batch, first_block)
@@ -44,6 +44,15 @@ def test_resuming_runs_no_block_below(backbone, encoded):
         block.register_forward_hook(lambda *_, number=number: runs.append(number))
     backbone.hidden_states(batch, trunk=trunk, first_block=2)
     assert runs == [2]
+
+
+def test_after_the_last_block_no_block_runs_at_all(backbone, encoded):
+    batch, end = encoded.batch([0, 1]), len(backbone.blocks)
+    expected, trunk, runs = backbone.features(batch), backbone.trunk(batch, end), []
+    for block in backbone.blocks:
+        block.register_forward_hook(lambda *_: runs.append(1))
+    torch.testing.assert_close(backbone.features(batch, trunk=trunk, first_block=end), expected, rtol=0, atol=1e-12)
+    assert not runs
 
 
 def test_a_bound_draw_of_another_model_does_not_leak_into_a_trunk(backbone, encoded):
