@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyrolora.guides.base import Guide
 from pyrolora.guides.mean_field import IndependentNormalFactor
-from pyrolora.models.priors import Learned, Relative
+from pyrolora.models.prior_declarations import Learned, Relative
 from pyrolora.models.program import BayesianModel
 
 WIDTHS = ("gradient", "natural")

@@ -16,7 +16,7 @@ from pyrolora.inference.engine import StepStats
 from pyrolora.inference.laplace.precision import declared_prior
 from pyrolora.inference.svi import SVI
 from pyrolora.inference.training import TrainingRun
-from pyrolora.models.priors import Flat
+from pyrolora.models.prior_declarations import Flat
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import EncodedSplit, Split
 

@@ -8,7 +8,7 @@ import pyro.distributions as dist
 
 from pyrolora.models.covariance import Covariance
 from pyrolora.models.naming import nearest
-from pyrolora.models.priors import Declaration, Flat, Relative, learned, logit_scale
+from pyrolora.models.prior_declarations import Declaration, Flat, Relative, learned, logit_scale
 
 
 def _in_floats(family: Any) -> Callable[..., Declaration]:

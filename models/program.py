@@ -21,7 +21,8 @@ from pyrolora.models.calibration import Calibration
 from pyrolora.models.constants import shared_constants
 from pyrolora.models.heads import LabelHead, make_head
 from pyrolora.models.likelihoods import mixed_logits, observe_labels
-from pyrolora.models.priors import Prior, PriorSpecification
+from pyrolora.models.prior_declarations import PriorSpecification
+from pyrolora.models.priors import Prior
 from pyrolora.models.prototype_head import PrototypeHead
 from pyrolora.models.site_text import site_text
 from pyrolora.models.sites import Site, SiteTable

@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from pyrolora.models.priors import Learned, Relative
+from pyrolora.models.prior_declarations import Learned, Relative
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.sites import Site
 

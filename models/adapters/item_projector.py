@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from pyrolora.models.adapters.base import Adapter, grouped_linear
 from pyrolora.models.backbones import Backbone, Delta
-from pyrolora.models.priors import Improper
+from pyrolora.models.prior_distributions import Improper
 from pyrolora.models.sites import Site
 
 if TYPE_CHECKING:

@@ -47,7 +47,7 @@ from pyrolora.models.backbones import Backbone
 from pyrolora.models.covariance import Covariance
 from pyrolora.models.loading import load_backbone
 from pyrolora.models.moments import SecondMoments, second_moments
-from pyrolora.models.priors import Flat, Relative, learned, logit_scale
+from pyrolora.models.prior_declarations import Flat, Relative, learned, logit_scale
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.serving import Served, merged
 from pyrolora.models.sites import Site

@@ -45,7 +45,7 @@ from pyrolora.models.adapters import (
     PiSSA,
     PoLAR,
 )
-from pyrolora.models.priors import Flat, learned
+from pyrolora.models.prior_declarations import Flat, learned
 
 STEPS = 2
 ADAPTERS = {

@@ -150,7 +150,7 @@ def test_refusals(silent, three_topics_model, features):
         simulation_based_calibration(simulate, lambda data, generator: torch.full((9, 3), torch.nan), simulations=20)
     with pytest.raises(ValueError, match="names: got 1"):
         simulation_based_calibration(simulate, fit(1.0), simulations=20, names=("a",))
-    from pyrolora.models.priors import Flat
+    from pyrolora.models.prior_declarations import Flat
 
     with pytest.raises(ValueError, match=r"Flat\(\) and cannot be sampled"):
         calibrate_engine(FromPrior(1.0), three_topics_model(prior=Flat()), silent.task.train)

@@ -15,7 +15,7 @@ from pyrolora.models.adapters import CorDA, LoRA, PiSSA
 from pyrolora.models.backbones import Backbone
 from pyrolora.models.factorisation import context_factors, damped_inverse, principal_factors
 from pyrolora.models.moments import SecondMoments, second_moments
-from pyrolora.models.priors import Flat, Relative
+from pyrolora.models.prior_declarations import Flat, Relative
 from pyrolora.models.program import BayesianModel
 
 TARGETS = ("q_proj", "v_proj", "down_proj")

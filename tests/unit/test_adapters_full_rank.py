@@ -11,7 +11,7 @@ from pyrolora.inference.map import MAP
 from pyrolora.inference.posterior import Posterior
 from pyrolora.models.adapters import FullRank, LastLayer
 from pyrolora.models.backbones import Backbone
-from pyrolora.models.priors import Flat, Relative
+from pyrolora.models.prior_declarations import Flat, Relative
 from pyrolora.models.program import BayesianModel
 
 

@@ -17,7 +17,7 @@ from pyrolora.inference.svi import SVI
 from pyrolora.models.adapters import LastLayer, LoRA, MixtureLoRA
 from pyrolora.models.adapters.gated import LowRankDelta, over_rank
 from pyrolora.models.backbones import Backbone
-from pyrolora.models.priors import Flat
+from pyrolora.models.prior_declarations import Flat
 from pyrolora.models.serving import merged
 from pyrolora.models.tasks import Example, Split
 

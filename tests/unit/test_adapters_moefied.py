@@ -18,7 +18,7 @@ from pyrolora.inference.svi import SVI
 from pyrolora.models.adapters import Adapter, LastLayer, LoRA, MoEfiedLoRA
 from pyrolora.models.adapters.moefied import ExpertGate
 from pyrolora.models.clustering import balanced_clusters, reassigned
-from pyrolora.models.priors import Flat
+from pyrolora.models.prior_declarations import Flat
 from pyrolora.models.serving import Served, merged
 from pyrolora.models.vision.loading import tiny_vit
 

@@ -15,7 +15,7 @@ from pyrolora.inference.svi import SVI
 from pyrolora.models.adapters import LoRA, PiSSA
 from pyrolora.models.backbones import Backbone
 from pyrolora.models.factorisation import balanced_factors, principal_factors, randomised_svd
-from pyrolora.models.priors import Flat, Relative
+from pyrolora.models.prior_declarations import Flat, Relative
 
 IDS = torch.tensor([[5, 9, 17, 30], [40, 41, 42, 43]])
 ROWS = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}

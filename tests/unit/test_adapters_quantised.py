@@ -7,7 +7,7 @@ from pyrolora.inference.map import MAP
 from pyrolora.inference.posterior import Posterior
 from pyrolora.models.adapters import QPiSSA
 from pyrolora.models.backbones import Backbone
-from pyrolora.models.priors import Flat
+from pyrolora.models.prior_declarations import Flat
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.quantisation import nf4, nf4_levels, quantised_factors
 

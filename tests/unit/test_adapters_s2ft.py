@@ -17,7 +17,7 @@ from pyrolora.models.adapters.selection import HeadShape
 from pyrolora.models.backbones import Backbone
 from pyrolora.models.moments import second_moments
 from pyrolora.models.permutation import permute
-from pyrolora.models.priors import Flat, Relative
+from pyrolora.models.prior_declarations import Flat, Relative
 from pyrolora.models.serving import Served, merged, weight_change
 
 IDS = torch.tensor([[5, 9, 17, 30], [40, 41, 42, 43], [7, 8, 60, 70]])

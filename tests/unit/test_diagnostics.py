@@ -25,7 +25,7 @@ from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.predictive import Predictive, log_likelihood
 from pyrolora.inference.svi import SVI
 from pyrolora.models.adapters import LastLayer, LoRA
-from pyrolora.models.priors import Flat
+from pyrolora.models.prior_declarations import Flat
 from pyrolora.models.tasks import Split
 
 NORMAL = dist.Normal(0.0, 0.3)

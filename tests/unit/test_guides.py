@@ -11,7 +11,7 @@ from torch.distributions import constraints
 
 from pyrolora.guides import BLoB, Family, FullCovariance, KroneckerNormal, LowRank, MeanField, Point, build_guide
 from pyrolora.models.adapters import LastLayer, LoRA
-from pyrolora.models.priors import Flat
+from pyrolora.models.prior_declarations import Flat
 
 FAMILIES = [
     Point(),

@@ -10,7 +10,7 @@ from pyrolora.inference.map import MAP
 from pyrolora.inference.svi import SVI
 from pyrolora.inference.training import TrainingRun
 from pyrolora.models.adapters import LoRA
-from pyrolora.models.priors import learned
+from pyrolora.models.prior_declarations import learned
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import Example, Split
 

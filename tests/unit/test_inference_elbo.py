@@ -11,7 +11,7 @@ from pyrolora.guides import BLoB, FullCovariance, KroneckerNormal, LowRank, Mean
 from pyrolora.inference.elbo import AnalyticELBO
 from pyrolora.inference.noise import NoiseMessenger, TemperMessenger
 from pyrolora.models.adapters import LastLayer, LoRA
-from pyrolora.models.priors import Flat, learned
+from pyrolora.models.prior_declarations import Flat, learned
 
 ROWS = 6
 

@@ -14,7 +14,7 @@ from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.svi import SVI
 from pyrolora.inference.vbll import VBLL
 from pyrolora.models.adapters import LastLayer
-from pyrolora.models.priors import Flat, learned
+from pyrolora.models.prior_declarations import Flat, learned
 
 ROWS, NOISE, PRIOR = 24, 0.5, 0.7
 # 1200 draws estimate the log width of one weight to 0.13 (measured) and their mean over 96 weights

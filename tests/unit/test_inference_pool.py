@@ -14,7 +14,7 @@ from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.svi import SVI
 from pyrolora.models.adapters import LoRA, LoRAPool, PiSSA
 from pyrolora.models.merging import MergeRule, class_scores
-from pyrolora.models.priors import Flat, Relative
+from pyrolora.models.prior_declarations import Flat, Relative
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.prototypes import prototype_logits
 from pyrolora.models.serving import merged

@@ -8,7 +8,7 @@ from pyrolora.guides import BLoB, KroneckerNormal, MeanField, Point, build_guide
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.pruning import prune_ranks, rank_reports
 from pyrolora.models.adapters import LastLayer, LoRA, PiSSA
-from pyrolora.models.priors import learned
+from pyrolora.models.prior_declarations import learned
 
 # chance that a Monte-Carlo ratio misses by a tenth although it is right: below 1e-6 at 20,000 draws
 FALSE_ALARM_RATE = 1e-6

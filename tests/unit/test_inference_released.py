@@ -13,7 +13,7 @@ from pyrolora.guides import local as local_noise
 from pyrolora.inference.released import ReleasedBLoB, ReleasedRun
 from pyrolora.models.adapters import LoRA
 from pyrolora.models.backbones import Backbone
-from pyrolora.models.priors import Flat, learned
+from pyrolora.models.prior_declarations import Flat, learned
 
 # M is 25 here: the run meets the heavy end of a cycle and the beginning of the next
 STEPS, BATCH, RATE, SGD_RATE, BETA, GAMMA = 30, 4, 1e-3, 0.05, 0.2, 1e6

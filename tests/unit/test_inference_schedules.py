@@ -24,7 +24,7 @@ from pyrolora.inference.svi import SVI
 from pyrolora.inference.training import TrainingRun
 from pyrolora.models.active_entries import ActiveEntries
 from pyrolora.models.adapters import S2FT, CorDA, FullRank, LastLayer, LoRA, PiSSA
-from pyrolora.models.priors import Flat, Relative
+from pyrolora.models.prior_declarations import Flat, Relative
 from pyrolora.models.sites import Site, SiteTable
 
 ADAPTERS = {

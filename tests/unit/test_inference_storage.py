@@ -15,7 +15,7 @@ from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.svi import SVI
 from pyrolora.models.adapters import LastLayer, LoRA
 from pyrolora.models.backbones import Backbone
-from pyrolora.models.priors import learned
+from pyrolora.models.prior_declarations import learned
 
 LORA = LoRA(rank=2, alpha=4.0)
 NORMAL = dist.Normal(0.0, 0.2)

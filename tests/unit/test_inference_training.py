@@ -14,7 +14,7 @@ from pyrolora.inference.map import MAP
 from pyrolora.inference.svi import SVI
 from pyrolora.inference.training import TrainingRun
 from pyrolora.models.adapters import LastLayer, LoRA
-from pyrolora.models.priors import Flat, learned
+from pyrolora.models.prior_declarations import Flat, learned
 from pyrolora.models.tasks import Split
 
 STEPS = 6

@@ -14,7 +14,7 @@ from pyrolora.inference.laplace.precision import (
     evidence_precision,
     log_evidence,
 )
-from pyrolora.models.priors import Flat, learned
+from pyrolora.models.prior_declarations import Flat, learned
 
 NOISE = 0.7
 

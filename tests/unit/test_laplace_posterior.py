@@ -20,7 +20,7 @@ from pyrolora.inference.logit_gradients import LogitGradients, each_logit
 from pyrolora.inference.map import MAP
 from pyrolora.inference.posterior import Posterior
 from pyrolora.models.adapters import LastLayer, LoRA
-from pyrolora.models.priors import Flat, learned
+from pyrolora.models.prior_declarations import Flat, learned
 
 LORA = LoRA(rank=2, alpha=4.0, layers=(1, 2))
 NORMAL = dist.Normal(0.0, 0.5)  # a precision of 4

@@ -11,7 +11,7 @@ from pyrolora.guides import BLoB, MeanField
 from pyrolora.inference.meta_tuning import MetaTuning, robust_logits
 from pyrolora.inference.perturbations import PGD, PyramidPGD, WeightPerturbation, divergence
 from pyrolora.models.adapters import LoRAPool, PiSSA
-from pyrolora.models.priors import Flat
+from pyrolora.models.prior_declarations import Flat
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import episodic
 

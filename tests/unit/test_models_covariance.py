@@ -10,7 +10,8 @@ from pyrolora.inference.svi import SVI
 from pyrolora.models.adapters import FullRank, LoRA
 from pyrolora.models.covariance import Covariance, RowNormal
 from pyrolora.models.moments import SecondMoments, second_moments
-from pyrolora.models.priors import Flat, Prior
+from pyrolora.models.prior_declarations import Flat
+from pyrolora.models.priors import Prior
 from pyrolora.models.sites import Site, SiteTable
 
 SITE = Site("w", torch.Size((2, 3, 5)), ("layer", "rank", "in_feature"), ("a", "b"), (), (0, 1))

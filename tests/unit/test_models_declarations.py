@@ -6,7 +6,7 @@ import torch
 
 from pyrolora.models.adapters import Adapter, LoRA
 from pyrolora.models.declarations import PRIORS, declared, declared_prior
-from pyrolora.models.priors import Flat, learned
+from pyrolora.models.prior_declarations import Flat, learned
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.svi import SVI
 from pyrolora.models.adapters import Adapter, PoLAR
 from pyrolora.models.backbones import Backbone
-from pyrolora.models.priors import Flat, Relative
+from pyrolora.models.prior_declarations import Flat, Relative
 from pyrolora.models.stiefel import stable_rank, uniform_point
 from pyrolora.models.uniform_stiefel import UniformStiefel
 

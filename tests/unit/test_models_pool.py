@@ -14,7 +14,7 @@ from pyrolora.inference.svi import SVI
 from pyrolora.models.adapters import LoRAPool, PiSSA
 from pyrolora.models.backbones import Backbone
 from pyrolora.models.merging import MergeRule, class_scores
-from pyrolora.models.priors import Relative
+from pyrolora.models.prior_declarations import Relative
 from pyrolora.models.serving import merged, weight_change
 from pyrolora.models.trimming import Trim, trimmed
 

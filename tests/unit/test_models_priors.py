@@ -10,7 +10,9 @@ from pyro import poutine
 
 from pyrolora.models.adapters import LoRA
 from pyrolora.models.declarations import declared_prior
-from pyrolora.models.priors import Flat, Prior, fit_to_site, learned, move
+from pyrolora.models.prior_declarations import Flat, learned
+from pyrolora.models.prior_distributions import fit_to_site, move
+from pyrolora.models.priors import Prior
 from pyrolora.models.sites import Site, SiteTable
 
 A = Site("q_proj.lora_A", torch.Size((2, 3, 4)), ("layer", "rank", "in_feature"))

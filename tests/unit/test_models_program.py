@@ -8,7 +8,7 @@ from pyro import poutine
 
 from pyrolora.models.adapters import LastLayer, LoRA
 from pyrolora.models.backbones import Backbone
-from pyrolora.models.priors import Flat, learned
+from pyrolora.models.prior_declarations import Flat, learned
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import Example, OptionScoring, Split, Task, Verbaliser, encode
 

@@ -16,7 +16,7 @@ from pyrolora.inference.posterior import Posterior
 from pyrolora.models.adapters import ItemProjector, LoRA, MixtureLoRA
 from pyrolora.models.backbones import Backbone
 from pyrolora.models.loading import load_backbone
-from pyrolora.models.priors import Flat
+from pyrolora.models.prior_declarations import Flat
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.recommendation import Preparation, SASRec, fit_sasrec, read_interactions, windows_of
 from pyrolora.models.recommendation.generation import count_answers, generate_answers

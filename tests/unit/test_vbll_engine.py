@@ -26,8 +26,8 @@ from pyrolora.inference.vbll.regression import GaussianObjective
 from pyrolora.models.adapters import Adapter, FullRank, LastLayer, LoRA, PoLAR
 from pyrolora.models.backbones import Backbone
 from pyrolora.models.declarations import declared_prior
-from pyrolora.models.priors import learned as one_a_class
-from pyrolora.models.priors import logit_scale
+from pyrolora.models.prior_declarations import learned as one_a_class
+from pyrolora.models.prior_declarations import logit_scale
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import Split
 
