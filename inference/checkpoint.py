@@ -80,8 +80,7 @@ def restore(run: "TrainingRun", folder: str | Path) -> None:
     for index, parameter in enumerate(run.parameters):
         if (average := tensors.get(f"average.{index}")) is not None:
             run.averages.append(average.to(parameter.device))
-    for name, scale in run.model.prior.scales.items():
-        scale.copy_(tensors[f"prior.{name}"].to(scale))
+    run.model.prior.restore({name: tensors[f"prior.{name}"] for name in run.model.prior.scales})
     if run.bank is not None:
         run.bank.load_state(tensors)
     run.step = about["step"]

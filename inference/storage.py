@@ -176,8 +176,9 @@ def load(
                 f"The posterior in {folder} does not fit the site {name!r} of shape {tuple(model.sites[name].shape)}: "
                 f"{error}. Load it with the adapters it was saved with."
             ) from error
-    for name, scale in model.prior.scales.items():
-        scale.copy_(tensors[f"prior/{name}/scale"].to(scale))
+    # the model that was given keeps its own
+    model = model.settled()
+    model.prior.restore({name: tensors[f"prior/{name}/scale"] for name in model.prior.scales})
     return _posterior_class(config["posterior"])(model, guide, config["record"])
 
 

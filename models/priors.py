@@ -62,6 +62,8 @@ class Prior:
         self.device, self.dtype = torch.device(device), dtype
         self.scales: dict[str, Tensor] = {}
         self._centres: dict[str, float] = {}
+        # whether scales in units of a logit have been converted with features that were seen
+        self._calibrated = False
         self._fixed: dict[str, TorchDistribution] = {}
         for name, declaration in self.declared.items():
             if declaration is sites[name].prior:
@@ -127,13 +129,23 @@ class Prior:
         return other
 
     def adopt(self, other: "Prior") -> bool:
-        """Take over the learned scales of a prior that was declared alike; false, and nothing happens, if it was not."""
-        if self.scales.keys() != other.scales.keys() or self.to_dict() != other.to_dict():
+        """Take over the scales of a prior that was declared alike and has them in units of a weight.
+
+        Returns:
+            Whether it was and has; nothing happens otherwise.
+        """
+        alike = self.scales.keys() == other.scales.keys() and self.to_dict() == other.to_dict()
+        if not alike or (self.in_logit_units and not other._calibrated):
             return False
-        for name, scale in other.scales.items():
-            self.scales[name].copy_(scale)
         self._centres.update(other._centres)
+        self.restore(other.scales)
         return True
+
+    def restore(self, scales: Mapping[str, Tensor]) -> None:
+        """Put every scale where it was when it was kept, site name -> its scales."""
+        for name, scale in self.scales.items():
+            scale.copy_(scales[name].to(scale))
+        self._calibrated = True
 
     def reset_scales(self) -> None:
         """Put every learned scale back where it was declared."""
@@ -156,6 +168,7 @@ class Prior:
         Args:
             mean_square: mean squared length of the features.
         """
+        self._calibrated = True
         for name in self.in_logit_units:
             declaration = self.declared[name]
             if isinstance(declaration, Learned):

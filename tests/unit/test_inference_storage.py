@@ -80,6 +80,16 @@ def test_a_round_trip_gives_the_same_draws_and_predictions(fit, build, tmp_path,
     }
 
 
+def test_loading_into_a_model_leaves_its_learned_scales_alone(fit, build, tmp_path):
+    posterior = fit("learned")
+    posterior.save_pretrained(tmp_path)
+    model = build(prior=posterior.model.prior.specification)
+    loaded = Posterior.from_pretrained(tmp_path, model=model)
+    for name, scale in posterior.model.prior.scales.items():
+        assert torch.equal(loaded.model.prior.scales[name], scale)
+        assert not torch.equal(model.prior.scales[name], scale)
+
+
 def test_peft_loads_the_mean(fit, tiny_llama, tmp_path):
     from peft import PeftModel
 

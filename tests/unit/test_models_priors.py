@@ -10,7 +10,7 @@ from pyro import poutine
 
 from pyrolora.models.adapters import LoRA
 from pyrolora.models.declarations import declared_prior
-from pyrolora.models.prior_declarations import Flat, learned
+from pyrolora.models.prior_declarations import Flat, learned, logit_scale
 from pyrolora.models.prior_distributions import fit_to_site, move
 from pyrolora.models.priors import Prior
 from pyrolora.models.sites import Site, SiteTable
@@ -159,6 +159,28 @@ class TestLearned:
         prior.update_scales({A.name: torch.tensor(0.0), B.name: torch.tensor(0.0)}, progress=1.0)
         assert all(scale > 0 and prior(site).log_prob(torch.zeros(site.shape)).isfinite()
                    for scale, site in zip(prior.scales.values(), (A, B), strict=True))  # fmt: skip
+
+
+class TestScalesOfAnotherPrior:
+    def test_a_prior_declared_alike_gives_its_scales(self):
+        mine, other = (Prior(learned(0.1, after=0.0, strength=0.0), SITES) for _ in range(2))
+        other.update_scales({A.name: torch.tensor(4.0), B.name: torch.tensor(9.0)}, progress=0.0)
+        assert mine.adopt(other)
+        assert [float(scale) for scale in mine.scales.values()] == [2.0, 3.0]
+        mine.reset_scales()
+        assert [float(scale) for scale in other.scales.values()] == [2.0, 3.0], "they are copies"
+
+    def test_a_prior_declared_otherwise_does_not(self):
+        mine, other = Prior(learned(0.1), SITES), Prior(learned(0.2), SITES)
+        assert not mine.adopt(other)
+        assert {round(float(scale), 6) for scale in mine.scales.values()} == {0.1}
+
+    def test_scales_of_a_logit_are_taken_once_features_have_been_seen(self):
+        mine, other = (Prior(logit_scale(2.0), SITES) for _ in range(2))
+        assert not mine.adopt(other)
+        other.calibrate(mean_square=4.0)
+        assert mine.adopt(other)
+        assert {float(scale) for scale in mine.scales.values()} == {1.0}
 
 
 class TestRelevance:
