@@ -145,10 +145,11 @@ figure
 # %% [markdown]
 # ## Answer
 #
-# Laplace and the variational last layer are right here: their logits are as wide as the truth's and their predictions
+# Laplace and the variational last layer are close here: their logits are as wide as the truth's and their predictions
 # within a few thousandths of a nat. Independent weights are wrong even with nothing cold about them: a posterior that
 # factorises over weights cannot say that a *sum* of 576 of them is known, and its logits have many times the true variance.
 #
 # Each check sees another fault. NUTS shows it all and is affordable only for a last layer; k-hat judges all 1,728 dimensions
 # at once, so it may refuse what predicts perfectly well; leave-one-out asks only about predictions; simulation asks whether
-# the engine is right on average: the mean square of the weights catches the cold posterior alone, the log-likelihood both.
+# the engine is right on average: the mean square of the weights catches the cold posterior alone, the log-likelihood both
+# of mean field, and even that Laplace's draws fit the data a little worse than the truth does.
