@@ -97,24 +97,26 @@ def unit_free_tril(log_diag: Tensor, lower: Tensor) -> Tensor:
 class FullCovarianceFactor(Factor):
     """Mean, and the Cholesky factor: its diagonal in logarithm, what is below it over the diagonal of its line."""
 
-    roles: ClassVar = {"loc": "loc", "log_diag": "scale", "lower": "scale"}
+    roles: ClassVar = {"loc": "loc", "log_diag": "scale", "relative_lower": "scale"}
 
     def __init__(self, start: Tensor, scale: Tensor) -> None:
         super().__init__()
         self.loc = nn.Parameter(start.clone())
         self.log_diag = nn.Parameter(scale.flatten().log())
-        self.lower = nn.Parameter(torch.zeros(scale.numel(), scale.numel(), dtype=scale.dtype, device=scale.device))
+        self.relative_lower = nn.Parameter(
+            torch.zeros(scale.numel(), scale.numel(), dtype=scale.dtype, device=scale.device)
+        )
 
     @property
     def scale_tril(self) -> Tensor:
         """Lower Cholesky factor of the covariance, ``(weights, weights)``."""
-        return unit_free_tril(self.log_diag, self.lower)
+        return unit_free_tril(self.log_diag, self.relative_lower)
 
     @torch.no_grad()
     def set_scale_tril(self, scale_tril: Tensor) -> None:
         """Take over a lower Cholesky factor, ``(weights, weights)``."""
         diagonal = scale_tril.diagonal()
-        self.lower.copy_(scale_tril.tril(-1) / diagonal[:, None])
+        self.relative_lower.copy_(scale_tril.tril(-1) / diagonal[:, None])
         self.log_diag.copy_(diagonal.log())
 
     def distribution(self) -> TorchDistribution:

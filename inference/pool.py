@@ -66,6 +66,11 @@ def _check_member(model: BayesianModel, first: BayesianModel) -> None:
     kinds = ", ".join(type(adapter).__name__ for adapter in model.adapters)
     if len(model.adapters) != 1 or type(model.adapters[0]) is not PiSSA:
         raise ValueError(f"A member of a pool has one PiSSA adapter; this posterior's model has {kinds}.")
+    if learned := model.prior.learned_sites:
+        raise ValueError(
+            f"The prior scale of {learned[0]!r} was learned for this member alone, and a pool has one prior. Fit the members "
+            "under a fixed prior, such as Relative(0.1)."
+        )
     if model.adapters != first.adapters:
         raise ValueError(
             f"Members differ in their adapters: {first.adapters[0]} and {model.adapters[0]}. Fit them alike."

@@ -157,6 +157,12 @@ def load(
             f"The posterior in {folder} belongs to the adapters {saved}, and the model has {given}. Build the model with "
             "the adapters it was saved with."
         )
+    declared, asked = config["prior"], json.loads(json.dumps(model.prior.to_dict()))
+    if other := [name for name in asked if declared.get(name) != asked[name]]:
+        raise ValueError(
+            f"The posterior in {folder} was fitted under the prior {declared.get(other[0])} of {other[0]!r}, and the model's "
+            f"is {asked[other[0]]}. Build the model with the prior it was fitted under."
+        )
     # factors that were made again, on another machine say, may have other signs
     model = model.with_constants(constants)
     # one instance for all sites of one family: a family judges the sites that it was given together

@@ -69,6 +69,11 @@ class Prior:
             if declaration is sites[name].prior:
                 self._fixed[name] = declaration
             elif isinstance(declaration, Learned):
+                if declaration.in_logits and "class" not in sites[name].dims:
+                    raise ValueError(
+                        f"logit_scale is the width of a logit, which {name!r} does not make alone. Declare it for the last "
+                        'layer, as in {"*.lora_*": Normal(0, 0.05), "head.weight": logit_scale(2)}.'
+                    )
                 width = sites[name].shape[-1] ** 0.5 if declaration.in_logits else 1.0
                 self._centres[name] = declaration.scale / width
                 shape = declaration.scales_of(sites[name])

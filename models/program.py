@@ -58,7 +58,8 @@ class BayesianModel:
         task: prompts, labels and splits.
         adapter: one adapter or several. Where the task shows images, `LastLayer` is added if it is not among them.
         prior: a distribution, `Flat`, `learned`, a callable from site to distribution, or ``{glob pattern: one of these}``.
-        num_data: rows of the data set that scale the likelihood; default the task's training split.
+        num_data: rows of the data set that scale the likelihood where the program is called directly; default the task's
+            training split. Engines count the data that they are given.
         max_length: longest prompt in tokens.
         constants: the adapters' constants, if they were made before; see `Adapter.constants`.
 

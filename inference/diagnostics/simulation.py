@@ -133,22 +133,30 @@ def simulation_based_calibration(
     return SimulationBasedCalibration(names, torch.stack(ranks), sizes.pop(), seed)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class SimulatedSplit(EncodedSplit):
     """Rows whose labels came from the model: all of one class is then a draw like another, not a mistake in the data.
 
     Leaving such draws out would make ranks non-uniform under the true posterior.
 
     Args:
+        original: the rows with their own labels.
         trunks: hidden states below the lowest adapted block, which are the same in every simulation.
     """
 
-    trunks: TrunkCache | None = None
+    original: EncodedSplit
+    trunks: TrunkCache
+
+    @classmethod
+    def of(cls, original: EncodedSplit, labels: Tensor, trunks: TrunkCache) -> "SimulatedSplit":
+        """The rows of any encoded split under other labels."""
+        same = {entry.name: getattr(original, entry.name) for entry in dataclasses.fields(EncodedSplit)}
+        return cls(**{**same, "labels": labels}, original=original, trunks=trunks)
 
     def batch(self, positions: list[int], device: torch.device | str | None = None) -> dict[str, Tensor]:
         """See `EncodedSplit.batch`; with the trunk."""
-        batch = super().batch(positions, device)
-        return batch if self.trunks is None else dict(self.trunks.attach(batch))
+        batch = self.trunks.attach(self.original.batch(positions, device))
+        return {**batch, "labels": self.labels[positions].to(device)}
 
     def require_trainable(self) -> "EncodedSplit":
         """The split itself: see `EncodedSplit.require_trainable`."""
@@ -170,7 +178,8 @@ def calibrate_engine(
 
     ``calibrate_engine(SVI(guide=FullCovariance(), steps=300), model, task.train.subset(60)).p_values()``
 
-    Every simulation is a fit, so this is for small models: a last layer, or a tiny backbone.
+    Every simulation is a fit, so this is for small models: a last layer, or a tiny backbone. Truths come from the prior as it
+    is declared; an engine that learns prior scales is judged with that, and need not pass even if it is right given them.
 
     Args:
         engine: what is judged.
@@ -187,7 +196,8 @@ def calibrate_engine(
         ValueError: see `simulation_based_calibration`; also an improper prior.
     """
     trunks = TrunkCache(model.backbone, model.first_block, len(data))
-    encoded = SimulatedSplit(**vars(model.encode(data)), trunks=trunks)
+    given = model.encode(data)
+    encoded = SimulatedSplit.of(given, given.labels, trunks)
     improper = [name for name, entry in model.prior.to_dict().items() if entry["prior"] == "Flat"]
     if improper:
         raise ValueError(
@@ -196,16 +206,19 @@ def calibrate_engine(
 
     def simulate(generator: torch.Generator) -> tuple[Tensor, EncodedSplit]:
         seed = int(torch.randint(2**62, (), generator=generator))
+        # the last fit has moved learned scales, and the truth is to come from the declared ones
+        model.prior.reset_scales()
+        model.calibrate_prior(given)
         with seeded(seed, model.backbone.device), torch.no_grad():
             traced = poutine.trace(model.sample_sites).get_trace()
             nodes: Any = traced.nodes
             truth: dict[str, Tensor] = {name: nodes[name]["value"] for name in model.sites}
-            labels = torch.empty_like(encoded.labels)
+            labels = torch.empty_like(given.labels)
             for batch in encoded.batches(64):
                 unlabelled = {key: value for key, value in batch.items() if key != "labels"}
                 labels[batch["index"]] = poutine.condition(model, data=truth)(unlabelled).cpu()
         model.release()
-        simulated = dataclasses.replace(encoded, labels=labels)
+        simulated = SimulatedSplit.of(given, labels, trunks)
         return _measure({name: value[None] for name, value in truth.items()}, simulated)[0], simulated
 
     def fit(simulated: EncodedSplit, generator: torch.Generator) -> Tensor:

@@ -128,6 +128,9 @@ class Laplace:
         """
         names = self._names(model)
         adopted = estimate is not None and model.prior.adopt(estimate.model.prior)
+        if not adopted:
+            # those of whatever was fitted before mean nothing here
+            model.prior.reset_scales()
         priors = declared_prior(model, names)
         if self.precision == "validation" and validation is None:
             raise ValueError(

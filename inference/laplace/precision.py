@@ -42,6 +42,8 @@ def declared_prior(model: BayesianModel, names: Sequence[str]) -> dict[str, Norm
     for name in names:
         declaration = model.prior.declared[name]
         base = declaration.base_dist if isinstance(declaration, dist.Independent) else declaration
+        # several learned scales are so many even where they still agree
+        apart = isinstance(base, Learned) and model.prior.scales[name].dim() > 0
         if isinstance(base, Learned):
             base = dist.Normal(torch.zeros_like(model.prior.scales[name]), model.prior.scales[name])
         if isinstance(base, Relative):
@@ -55,17 +57,26 @@ def declared_prior(model: BayesianModel, names: Sequence[str]) -> dict[str, Norm
             )
         loc, scale = (value.to(model.backbone.device, model.backbone.site_dtype) for value in (base.loc, base.scale))
         precision = scale.square().reciprocal()
-        found[name] = NormalPrior(loc, _shared(precision.expand(model.sites[name].shape), model.sites[name]))
+        found[name] = NormalPrior(loc, _shared(precision, model.sites[name], apart))
     return found
 
 
-def _shared(precision: Tensor, site: Site) -> Tensor:
-    """One number if all are equal, else one for each entry of a stack where that says it all, else all of them."""
-    first = precision.flatten()[0]
-    if (precision == first).all():
+def _shared(precision: Tensor, site: Site, apart: bool) -> Tensor:
+    """One number if all are equal, else one for each entry of a stack where that says it all, else all of them.
+
+    Args:
+        precision: of a shape that broadcasts to the site's.
+        site: whose it is.
+        apart: whether dimensions along which it may differ are to be told by its shape, whatever its values are now.
+    """
+    whole = precision.expand(site.shape)
+    entries = whole[(slice(None), *[slice(1)] * (whole.dim() - 1))]
+    if apart:
+        return entries if site.modules and precision.numel() == len(entries) == precision.shape[0] else whole
+    first = whole.flatten()[0]
+    if (whole == first).all():
         return first
-    entries = precision[(slice(None), *[slice(1)] * (precision.dim() - 1))]
-    return entries if site.modules and (precision == entries).all() else precision
+    return entries if site.modules and (whole == entries).all() else whole
 
 
 def log_evidence(

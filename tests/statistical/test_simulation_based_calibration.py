@@ -14,7 +14,9 @@ from pyrolora.inference.diagnostics import (
     simulation_based_calibration,
 )
 from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.svi import SVI
 from pyrolora.models.adapters import LastLayer
+from pyrolora.models.prior_declarations import learned
 
 # a right posterior is rejected at this rate; seeds are fixed, so a failure is a change and not chance
 FALSE_ALARM_RATE = 1e-3
@@ -138,6 +140,25 @@ def test_a_posterior_that_ignores_the_labels_is_seen_by_the_log_likelihood(three
     p_values = found.p_values()
     assert p_values["head.weight squared"] > FALSE_ALARM_RATE, "the prior is calibrated on average over itself"
     assert p_values["log likelihood"] < 1e-3, "but it fits the data worse than the truth does"
+
+
+def test_every_truth_comes_from_the_declared_scale_whatever_was_fitted_before(three_topics_model):
+    model, seen = three_topics_model(torch.float64, LastLayer(), learned(0.3, after=0.0, strength=0.0)), []
+
+    class Watched:
+        def fit(self, model, data, **arguments):
+            seen.append(float(model.prior.scales["head.weight"]))
+            return SVI(guide=MeanField(), steps=2).fit(model, data, **arguments)
+
+    calibrate_engine(Watched(), model, model.task.train, simulations=20, draws=5, progress=False)
+    assert seen == [pytest.approx(0.3)] * 20
+
+
+def test_images_are_simulated_too(three_shapes_model):
+    model = three_shapes_model(adapter=LastLayer(), prior=dist.Normal(0.0, 0.5))
+    engine = SVI(guide=MeanField(), steps=2)
+    found = calibrate_engine(engine, model, model.task.train, simulations=20, draws=9, progress=False)
+    assert found.ranks.shape == (20, 2)
 
 
 def test_refusals(silent, three_topics_model, features):

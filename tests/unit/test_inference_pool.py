@@ -14,7 +14,7 @@ from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.svi import SVI
 from pyrolora.models.adapters import LoRA, LoRAPool, PiSSA
 from pyrolora.models.merging import MergeRule, class_scores
-from pyrolora.models.prior_declarations import Flat, Relative
+from pyrolora.models.prior_declarations import Flat, Relative, learned
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.prototypes import prototype_logits
 from pyrolora.models.serving import merged
@@ -102,6 +102,8 @@ class TestAssembly:
         plain = BayesianModel(model.backbone, source, adapter=LoRA(rank=2))
         with pytest.raises(ValueError, match="one PiSSA adapter; this posterior's model has LoRA"):
             pool_of([member_of(plain, 0)])
+        with pytest.raises(ValueError, match="was learned for this member alone"):
+            pool_of([member_of(BayesianModel(model.backbone, model.task, adapter=MEMBER, prior=learned(0.1)), 0)])
         other = BayesianModel(tiny_vision(torch.float64, num_hidden_layers=3), source, adapter=MEMBER)
         with pytest.raises(ValueError, match="different backbones"):
             pool_of([members[0], member_of(other, 0)])

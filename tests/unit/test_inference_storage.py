@@ -90,6 +90,15 @@ def test_loading_into_a_model_leaves_its_learned_scales_alone(fit, build, tmp_pa
         assert not torch.equal(model.prior.scales[name], scale)
 
 
+@pytest.mark.parametrize("other", [learned(0.1), dist.Normal(0.0, 0.3)], ids=["learned", "wider"])
+def test_a_model_with_another_prior_is_refused(fit, build, tmp_path, other):
+    fit("blob").save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"was fitted under the prior .*'Normal'.* of 'q_proj\.lora_A', and the model's is"
+    ):
+        Posterior.from_pretrained(tmp_path, model=build(prior=other))
+
+
 def test_peft_loads_the_mean(fit, tiny_llama, tmp_path):
     from peft import PeftModel
 

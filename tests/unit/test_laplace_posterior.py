@@ -106,7 +106,7 @@ def test_last_layer_covariance_is_the_inverse_of_the_dense_precision(model):
     assert (wanted - wanted.diagonal().diag()).abs().max() > 1e-3 * wanted.max()
     assert posterior.guide.parameters_by_role()["scale"] == [
         factors["head.weight"].log_diag,
-        factors["head.weight"].lower,
+        factors["head.weight"].relative_lower,
     ]
     torch.testing.assert_close(posterior.mean()["q_proj.lora_A"], estimate.mean()["q_proj.lora_A"], rtol=0, atol=0)
 
@@ -341,11 +341,34 @@ class TestLearnedScalesOfAnEstimate:
         posterior = fitted(model, estimate, structure="last_layer", precision="declared")
         assert posterior.record["prior_precision"]["head.weight"] == pytest.approx(expected, rel=1e-6)
 
-    def test_an_estimate_under_another_prior_leaves_them_alone(self, three_topics_model, prior):
+    @pytest.mark.parametrize("fitted_before", [False, True])
+    def test_an_estimate_under_another_prior_leaves_the_declared_ones(self, three_topics_model, prior, fitted_before):
         other = three_topics_model(adapter=[LORA, LastLayer()], prior=NORMAL)
         model = three_topics_model(adapter=[LORA, LastLayer()], prior=prior)
+        if fitted_before:
+            MAP(steps=5, learning_rate=0.3).fit(model, model.task.train, progress=False)
         posterior = fitted(model, point_at(other), structure="last_layer", precision="declared")
         assert posterior.record["prior_precision"]["head.weight"] == pytest.approx(100.0)
+
+    @pytest.mark.parametrize(
+        ("structure", "site", "per"),
+        [
+            ("kron", "*.lora_A", ("layer", "rank")),
+            ("kron", "*.lora_A", "rank"),
+            ("last_layer", "head.weight", "feature"),
+        ],
+    )
+    def test_several_scales_are_refused_before_they_have_moved_apart(self, three_topics_model, structure, site, per):
+        normal = dict.fromkeys(("*.lora_A", "*.lora_B", "head.weight"), NORMAL)
+        prior = {**normal, site: learned(0.1, after=0.0, per=per)}
+        model = three_topics_model(adapter=[LORA, LastLayer()], prior=prior)
+        with pytest.raises(ValueError, match="needs one prior scale"):
+            Laplace(structure=structure, estimate=MAP(steps=2)).fit(model, model.task.train, progress=False)
+
+    def test_one_scale_a_layer_is_kept_a_layer_under_kron(self, three_topics_model):
+        model = three_topics_model(adapter=[LORA], prior=learned(0.1, after=0.0, per="layer"))
+        posterior = Laplace(structure="kron", estimate=MAP(steps=3)).fit(model, model.task.train, progress=False)
+        assert declared_prior(posterior.model, ("q_proj.lora_A",))["q_proj.lora_A"].precision.shape == (2, 1, 1)
 
 
 class TestRefusals:

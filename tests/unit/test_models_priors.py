@@ -176,11 +176,16 @@ class TestScalesOfAnotherPrior:
         assert {round(float(scale), 6) for scale in mine.scales.values()} == {0.1}
 
     def test_scales_of_a_logit_are_taken_once_features_have_been_seen(self):
-        mine, other = (Prior(logit_scale(2.0), SITES) for _ in range(2))
+        head = SiteTable([Site("head.weight", torch.Size((3, 16)), ("class", "feature"))])
+        mine, other = (Prior(logit_scale(2.0), head) for _ in range(2))
         assert not mine.adopt(other)
         other.calibrate(mean_square=4.0)
         assert mine.adopt(other)
-        assert {float(scale) for scale in mine.scales.values()} == {1.0}
+        assert float(mine.scales["head.weight"]) == 1.0
+
+    def test_a_site_that_makes_no_logit_has_no_scale_of_one(self):
+        with pytest.raises(ValueError, match=r"logit_scale is the width of a logit, which '.*' does not make alone"):
+            Prior(logit_scale(2.0), SITES)
 
 
 class TestRelevance:
