@@ -141,7 +141,8 @@ class VBLL(SVI):
             progress: show bars.
             generator: source of the seed, instead of ``seed``.
             start: site name -> where its mean starts.
-            estimate: a posterior whose mean gives every site below the last layer; they then stay there.
+            estimate: a posterior whose mean gives every site below the last layer; they then stay there. Its prior scales are
+                kept where its prior is declared alike.
 
         Raises:
             ValueError: no `LastLayer`, a prior of ``head.weight`` that is no Normal, data that cannot train a head, or an
@@ -208,8 +209,9 @@ class VBLL(SVI):
     ) -> LastLayerPosterior:
         LastLayerHead(model).normal_prior()
         encoded = model.encode(data).require_trainable()
-        model.prior.reset_scales()
-        model.calibrate_prior(encoded)
+        if not model.prior.adopt(estimate.model.prior):
+            model.prior.reset_scales()
+            model.calibrate_prior(encoded)
         mean = estimate.mean()
         start = {name: mean[name] for name in model.sites if name in mean}
         for name, site in model.sites.items():

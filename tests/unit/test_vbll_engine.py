@@ -24,10 +24,10 @@ from pyrolora.inference.vbll.natural_step import natural_step
 from pyrolora.inference.vbll.objectives import Objective
 from pyrolora.inference.vbll.regression import GaussianObjective
 from pyrolora.models.adapters import Adapter, FullRank, LastLayer, LoRA, PoLAR
+from pyrolora.models.adapters.last_layer import HEAD
 from pyrolora.models.backbones import Backbone
 from pyrolora.models.declarations import declared_prior
-from pyrolora.models.prior_declarations import learned as one_a_class
-from pyrolora.models.prior_declarations import logit_scale
+from pyrolora.models.prior_declarations import learned, logit_scale
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import Split
 
@@ -286,11 +286,11 @@ class TestRefit:
 
     def test_a_learned_prior_scale_moves_to_its_optimum(self, make):
         prior = {**PRIOR, "head.weight": logit_scale(2.0, learned=True)}
-        fixed, learned = fit(make()), fit(make(prior=prior))
-        assert fixed.record["prior_scale"] != pytest.approx(learned.record["prior_scale"], rel=0.01)
+        fixed, moved = fit(make()), fit(make(prior=prior))
+        assert fixed.record["prior_scale"] != pytest.approx(moved.record["prior_scale"], rel=0.01)
 
     def test_a_scale_for_each_class_is_refused(self, make):
-        model = make(prior={**PRIOR, "head.weight": one_a_class(0.1, per="class")})
+        model = make(prior={**PRIOR, "head.weight": learned(0.1, per="class")})
         with pytest.raises(ValueError, match=r"finds one prior scale, and 3 are declared\. Leave per= out"):
             fit(model)
 
@@ -311,6 +311,29 @@ class TestPostTraining:
         for name, value in estimate.mean().items():
             assert torch.equal(posterior.mean()[name], value)
         assert head_of(posterior).distribution().variance.min() > 0
+
+    def test_an_estimate_of_a_prior_declared_alike_keeps_its_learned_scales(self, make):
+        prior = {
+            "*.lora_*": learned(0.5, strength=0.0, after=0.0),
+            "head.weight": learned(0.1, strength=0.0, after=0.0),
+        }
+        model = make(LoRA(rank=2), prior=prior)
+        estimate = fit(model, steps=20, refit="none")
+        kept = {name: float(scale) for name, scale in estimate.model.prior.scales.items()}
+        assert all(abs(kept[name] / declared - 1) > 0.05 for name, declared in (("q_proj.lora_A", 0.5), (HEAD, 0.1)))
+        on_top = VBLL(refit="none").fit(model, model.task.train, estimate=estimate, progress=False)
+        assert {name: float(scale) for name, scale in on_top.model.prior.scales.items()} == kept
+        # a refit of the head finds that scale anew and leaves the others where the estimate has them
+        again = VBLL().fit(model, model.task.train, estimate=estimate, progress=False)
+        assert float(again.model.prior.scales["q_proj.lora_A"]) == kept["q_proj.lora_A"]
+
+    def test_an_estimate_of_another_prior_leaves_the_scales_declared(self, make):
+        below = make(LoRA(rank=2), prior={"*.lora_*": dist.Normal(0.0, 1.0), HEAD: logit_scale(4.0)})
+        estimate = fit(below, steps=1, refit="none")
+        model = make(LoRA(rank=2), prior={"*.lora_*": dist.Normal(0.0, 1.0), HEAD: logit_scale(2.0)})
+        on_top = VBLL(refit="none").fit(model, model.task.train, estimate=estimate, progress=False)
+        scale, other = (float(one.model.prior.scales[HEAD]) for one in (on_top, estimate))
+        assert scale == pytest.approx(other / 2, rel=1e-5)
 
     def test_layers_of_every_form(self, make):
         probs = {}
