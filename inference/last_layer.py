@@ -124,7 +124,7 @@ class HeadData:
         inputs: ``(examples, columns of the site)``.
         offset: fixed part of the logits, ``(examples, classes)``.
         labels: ``(examples,)``.
-        weight: how many examples each stands for, where they are a sample of a larger set.
+        weight: how many examples each stands for, where they are a sample of a larger set or a posterior is cold.
     """
 
     inputs: Tensor

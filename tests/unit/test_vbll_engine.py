@@ -1,6 +1,7 @@
 """VBLL end to end on a tiny network: training modes, refits, post-training, one-pass prediction, refusals."""
 
 import copy
+import dataclasses
 
 import pyro.distributions as dist
 import pytest
@@ -300,6 +301,65 @@ class TestRefit:
         features = FeatureCache(None).features(model, model.initial(torch.Generator().manual_seed(0)), model.task.train)
         expected = 3.0 / features.values.square().sum(-1).mean().sqrt()
         assert float(model.prior.scales["head.weight"]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def repeated(split):
+    return Split(split.name, split.task, tuple(split) * 2, split.classes)
+
+
+class TestColdPosteriors:
+    """A posterior at ``kl_weight=0.5`` is that of all rows seen twice."""
+
+    @pytest.fixture
+    def model(self, make):
+        return make(LoRA(rank=2), dtype=torch.float64)
+
+    @staticmethod
+    def check(first, second, tolerance):
+        roots = [factor.scale_tril.detach() for factor in (first, second)]
+        means = [factor.mean().detach() for factor in (first, second)]
+        for mine, theirs in (means, [root @ root.mT for root in roots]):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance * float(theirs.abs().max()))
+
+    @pytest.mark.parametrize(
+        ("refit", "guide", "tolerance"),
+        [
+            ("tilted", BlockCovariance(), 1e-9),
+            ("bohning", BlockCovariance(), 1e-9),
+            ("laplace", BlockCovariance(), 1e-9),
+            # natural gradients crawl along the shift of all classes under Jensen's bound, and L-BFGS ends near the optimum
+            ("jensen", BlockCovariance(), 1e-4),
+            ("tilted", FullCovariance(), 1e-5),
+        ],
+        ids=str,
+    )
+    def test_the_refit(self, model, refit, guide, tolerance):
+        estimate = fit(model, guide=guide, refit="none")
+        twice = repeated(model.task.train)
+        cold, warm, plain = (
+            VBLL(guide=guide, refit=refit, kl_weight=weight).fit(model, data, estimate=estimate, progress=False)
+            for weight, data in ((0.5, model.task.train), (1.0, twice), (1.0, model.task.train))
+        )
+        self.check(head_of(cold), head_of(warm), tolerance)
+        if refit != "laplace":
+            assert cold.record["refit_loss"] == pytest.approx(0.5 * warm.record["refit_loss"], rel=1e-6)
+        with pytest.raises(AssertionError):
+            self.check(head_of(cold), head_of(plain), 100 * tolerance)
+
+    def test_the_warm_start(self, model):
+        engine = VBLL(guide=BlockCovariance(), objective="tilted")
+        cold = dataclasses.replace(engine, kl_weight=0.5).iterate(model, model.task.train)
+        warm = engine.iterate(model, repeated(model.task.train))
+        # other batches round otherwise, and the loss is within 1e-10 of its optimum
+        self.check(head_of(cold), head_of(warm), 1e-7)
+
+    def test_training_and_its_refit(self, model):
+        spreads = [
+            float(head_of(fit(model, kl_weight=weight)).distribution().variance.mean().detach())
+            for weight in (1.0, 0.1, 0.01)
+        ]
+        # the mean is over all weights, most of which lie outside the span of the features and keep the prior's width
+        assert spreads[0] > 1.05 * spreads[1] > 1.1 * spreads[2]
 
 
 class TestPostTraining:
