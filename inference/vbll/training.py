@@ -87,7 +87,7 @@ class LastLayerRun(TrainingRun):
         data = HeadData.of(self.head, features, labels, len(self.data) / rows / self.engine.kl_weight)
         fit_head(self.head, self.head.factor(self.guide), data, self.objective)
         # a learned scale moves in training, from where it was declared
-        self.model.calibrate_prior(self.data)
+        self.model.prior.reset_scales()
 
     def _backward(self, batch: Mapping[str, Tensor]) -> float:
         drawn = self._scoped(self.guide.__call__, batch)(batch)

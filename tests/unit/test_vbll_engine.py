@@ -290,6 +290,15 @@ class TestRefit:
         fixed, moved = fit(make()), fit(make(prior=prior))
         assert fixed.record["prior_scale"] != pytest.approx(moved.record["prior_scale"], rel=0.01)
 
+    @pytest.mark.parametrize("head", [learned(0.1), logit_scale(2.0, learned=True)], ids=["weights", "logits"])
+    def test_a_learned_scale_starts_training_where_it_was_declared(self, make, head):
+        starts = []
+        for warm in (False, True):
+            model = make(LoRA(rank=2), prior={"*.lora_*": dist.Normal(0.0, 1.0), HEAD: head})
+            VBLL(warm_start=warm).iterate(model, model.task.train)
+            starts.append(float(model.prior.scales[HEAD]))
+        assert starts[1] == starts[0]
+
     def test_a_scale_for_each_class_is_refused(self, make):
         model = make(prior={**PRIOR, "head.weight": learned(0.1, per="class")})
         with pytest.raises(ValueError, match=r"finds one prior scale, and 3 are declared\. Leave per= out"):
