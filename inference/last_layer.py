@@ -28,7 +28,8 @@ class LastLayerHead:
         model: a model with a `LastLayer` adapter.
 
     Raises:
-        ValueError: no `LastLayer`, several, another adapter that changes the label rows, or a network that bends its logits.
+        ValueError: no `LastLayer`, several, another adapter that changes the label rows, one that gives a row several feature
+            vectors, or a network that bends its logits.
     """
 
     def __init__(self, model: BayesianModel) -> None:
@@ -43,6 +44,11 @@ class LastLayerHead:
             raise ValueError(
                 f"{others[0]} changes the label rows as well, so the logits are no function of head.weight and the features "
                 "alone. Leave the embeddings out of it, or use SVI or Laplace."
+            )
+        if not one_feature_vector(model):
+            raise ValueError(
+                "A last layer needs one feature vector a row, and an adapter draws or sums out something for each row, such "
+                "as the gate of MixtureLoRA. Use gate='deterministic', or SVI or MAP with the gate as it is."
             )
         self.layer, self.model, self.label_head = layers[0], model, model.head
         probe = torch.tensor([1.0, 1000.0], dtype=torch.float64)
@@ -106,13 +112,18 @@ class LastLayerHead:
         return base.loc.expand(self.site.shape), base.scale.expand(self.site.shape)
 
 
+def one_feature_vector(model: BayesianModel) -> bool:
+    """Whether a row's features are a function of the sites, nothing being drawn or summed out for single rows."""
+    return not (model.draws_locally or model.enumerates)
+
+
 def only_random_in_the_head(model: BayesianModel, guide: Guide) -> bool:
     """Whether a posterior's draws differ in ``head.weight`` alone, so that one pass of the network serves them all."""
     # without parameters a factor may still hold draws; a point has nothing but its value
     random = [name for name, factor in guide.items() if set(factor.roles.values()) - {"point", "manifold"}]
     probe = torch.tensor([1.0, 1000.0])
     finished = model.backbone.finish_logits(probe)
-    alone = random == [HEAD] and len(model.label_adapters) == 1
+    alone = random == [HEAD] and len(model.label_adapters) == 1 and one_feature_vector(model)
     return alone and bool(torch.allclose(finished, finished[0] * probe))
 
 
@@ -124,7 +135,7 @@ class HeadData:
         inputs: ``(examples, columns of the site)``.
         offset: fixed part of the logits, ``(examples, classes)``.
         labels: ``(examples,)``.
-        weight: how many examples each stands for, where they are a sample of a larger set.
+        weight: how many examples each stands for, where they are a sample of a larger set or a posterior is cold.
     """
 
     inputs: Tensor

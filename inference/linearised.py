@@ -41,7 +41,12 @@ def linearised_logits(
 
 
 def normal_sites(guide: Guide, model: BayesianModel) -> tuple[str, ...]:
-    """Sites at which the guide is a Normal over weights of linear maps, or none if it is random otherwise somewhere."""
+    """Sites at which the guide is a Normal over weights of linear maps, or none if it is random otherwise somewhere.
+
+    What adapters draw for single rows is random otherwise.
+    """
+    if model.draws_locally:
+        return ()
     factors = {
         name: factor
         for name, factor in guide.items()

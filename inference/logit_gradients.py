@@ -172,7 +172,8 @@ def require_linear(model: BayesianModel, names: Iterable[str]) -> None:
             raise ValueError(
                 f"The site {name!r} is not a stack of weights of linear maps between a row and its logits, which curvature, "
                 "linearised predictions and noise for each token need. Leave it out with Laplace(sites=...) or give it "
-                "Point(), and it stays a point; in episodes no site is, since a query's logits depend on its whole episode."
+                "Point(), and it stays a point; in episodes no site is, since a query's logits depend on its whole episode, "
+                "and none beside gate='categorical', whose rows go through a network for every expert."
             )
 
 

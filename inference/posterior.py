@@ -32,8 +32,9 @@ from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import EncodedSplit, Split, row_count
 from pyrolora.models.trunk import TrunkCache
 
+LINEARISED = ("linearised", *LINKS, *BINARY_LINKS)
 # every kind of prediction that some posterior has
-KINDS = ("mc", "mean", "linearised", *LINKS, *BINARY_LINKS, *TOKEN_SCOPES)
+KINDS = ("mc", "mean", *LINEARISED, *TOKEN_SCOPES)
 
 
 class Posterior:
@@ -149,14 +150,16 @@ class Posterior:
             progress: show a bar.
 
         Raises:
-            ValueError: an unknown kind or sampler (the nearest is offered), fewer than one draw, or a tolerance that is not
-                positive or given where no weights are drawn.
+            ValueError: an unknown kind or sampler (the nearest is offered), a linearised kind beside gates that are drawn for
+                single rows, fewer than one draw, or a tolerance that is not positive or given where no weights are drawn.
         """
         kind = self.default_kind if kind is None else kind
         if kind not in (kinds := self.kinds):
+            remedy = f"Did you mean {nearest(kind, kinds)!r}?"
+            if kind in LINEARISED and self.model.draws_locally:
+                remedy = "An adapter draws its gate for each row anew, which no linearisation holds. Use kind='mc'."
             raise ValueError(
-                f"{type(self).__name__} has no prediction of kind {kind!r}. Did you mean {nearest(kind, kinds)!r}? "
-                f"Kinds: {', '.join(kinds)}."
+                f"{type(self).__name__} has no prediction of kind {kind!r}. {remedy} Kinds: {', '.join(kinds)}."
             )
         if draws < 1:
             raise ValueError(f"A prediction needs at least one draw; got {draws}. A usual choice is 10.")

@@ -119,6 +119,11 @@ class AdapterSet:
         """Whether an adapter draws something for every row anew, beside the sites."""
         return any(adapter.draws_locally for adapter in self.adapters)
 
+    @property
+    def enumerates(self) -> bool:
+        """Whether an adapter sums a latent out, so that every row has several networks."""
+        return any(adapter.enumerates for adapter in self.adapters)
+
     def with_local_draws(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The values and what adapters draw for single rows; see `Adapter.local_draw`."""
         drawn = [adapter.local_draw(values) for adapter in self.adapters]

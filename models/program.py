@@ -112,8 +112,10 @@ class BayesianModel:
 
     def _sites_of(self, adapter: Adapter) -> tuple[Site, ...]:
         sites = adapter.sites(self.backbone, self.classes)
-        # a weight acts on a query through its prototypes too, so a row's gradient is not that of its own activations
-        return tuple(replace(site, linear=False) for site in sites) if isinstance(self.head, PrototypeHead) else sites
+        # a weight acts on a query through its prototypes too, so a row's gradient is not that of its own activations; a row
+        # with a latent summed out goes through the network several times, so no map sees one activation a token
+        several = isinstance(self.head, PrototypeHead) or any(one.enumerates for one in self.adapters)
+        return tuple(replace(site, linear=False) for site in sites) if several else sites
 
     def _make_constants(self) -> dict[str, Tensor]:
         def batches(samples: int, seed: int) -> Iterator[Mapping[str, Tensor]]:
@@ -303,6 +305,11 @@ class BayesianModel:
     def draws_locally(self) -> bool:
         """Whether an adapter draws something for every row anew, beside the sites."""
         return self._adapter_set.draws_locally
+
+    @property
+    def enumerates(self) -> bool:
+        """Whether an adapter sums a latent out, so that every row has several networks and no one feature vector."""
+        return self._adapter_set.enumerates
 
     def features(self, batch: Mapping[str, Tensor], draw: Mapping[str, Tensor]) -> Tensor:
         """What the label rows are multiplied with, under a draw of the sites inside the network.

@@ -31,7 +31,7 @@ class Site:
         prior: of a site on a manifold, or one that is no belief about a network (a projector), the prior that it has unless
             another one over its support is declared; such a site is a point unless a pattern gives it a guide.
         linear: whether every entry acts as the weight of one linear map and nothing else, which linearised predictions,
-            curvature and noise for each token need.
+            curvature and noise for each token need; a model takes it away where a row has several networks.
         transient: whether it leaves the likelihood before training ends, as a router that fades does; Laplace then keeps it
             at the estimate unless it is named.
     """

@@ -72,8 +72,10 @@ def compare_to_gold(
         seed: seeds the draws.
 
     Raises:
-        ValueError: a posterior of another network or with other weights below the last layer, which has other features.
+        ValueError: a model without a last layer on one feature vector a row, or a posterior of another network or with other
+            weights below the last layer, which has other features.
     """
+    LastLayerHead(gold.model)
     for name, posterior in posteriors.items():
         _check_same_features(gold, name, posterior)
     features = FeatureCache(None).features(gold.model, gold.mean(), data).values

@@ -15,5 +15,5 @@ class LaplacePosterior(Posterior):
 
     @property
     def default_kind(self) -> str:
-        """``"linearised"``: the curvature is that of the linearised model."""
-        return "linearised"
+        """``"linearised"``: the curvature is that of the linearised model. ``"mc"`` beside gates drawn for single rows."""
+        return "linearised" if "linearised" in self.kinds else super().default_kind

@@ -69,6 +69,8 @@ class VBLL(SVI):
         objective_draws: logit draws of ``"mc"``.
         warm_start: fit the head to the network as it starts before the first step.
         feature_folder: where features of refit and post-training are kept; None keeps none.
+        kl_weight: as in `SVI`, in training, warm start and refit alike: the head's posterior is that of data seen
+            ``1 / kl_weight`` times. The record's ``refit_loss`` is ``NLL + kl_weight * KL`` of all data, nats.
 
     Raises:
         ValueError: a setting out of range.
@@ -141,7 +143,8 @@ class VBLL(SVI):
             progress: show bars.
             generator: source of the seed, instead of ``seed``.
             start: site name -> where its mean starts.
-            estimate: a posterior whose mean gives every site below the last layer; they then stay there.
+            estimate: a posterior whose mean gives every site below the last layer; they then stay there. Its prior scales are
+                kept where its prior is declared alike.
 
         Raises:
             ValueError: no `LastLayer`, a prior of ``head.weight`` that is no Normal, data that cannot train a head, or an
@@ -208,8 +211,9 @@ class VBLL(SVI):
     ) -> LastLayerPosterior:
         LastLayerHead(model).normal_prior()
         encoded = model.encode(data).require_trainable()
-        model.prior.reset_scales()
-        model.calibrate_prior(encoded)
+        if not model.prior.adopt(estimate.model.prior):
+            model.prior.reset_scales()
+            model.calibrate_prior(encoded)
         mean = estimate.mean()
         start = {name: mean[name] for name in model.sites if name in mean}
         for name, site in model.sites.items():
@@ -235,14 +239,15 @@ class VBLL(SVI):
         cache = FeatureCache(self.feature_folder, self.batch_size)
         features = cache.features(model, guide.mean(), data, progress=progress)
         head = LastLayerHead(model)
-        seen = HeadData.of(head, features.values, features.labels)
+        # a cold posterior is that of data seen 1 / kl_weight times
+        seen = HeadData.of(head, features.values, features.labels, 1 / self.kl_weight)
         factor = head.factor(guide)
         if self.refit == "laplace":
             refine_by_laplace(head, factor, seen)
             return {}
         loss = fit_head(head, factor, seen, Objective(self.refit, self.objective_draws))
         scale = float(head.normal_prior()[1].flatten()[0])
-        return {"refit_loss": loss, "prior_scale": scale}
+        return {"refit_loss": self.kl_weight * loss, "prior_scale": scale}
 
 
 def family_for(head: LastLayerHead, num_data: int) -> Family:

@@ -84,10 +84,10 @@ class LastLayerRun(TrainingRun):
             parts.append((self.model.features(batch, start), batch["labels"]))
         self.model.release()
         features, labels = (torch.cat(values) for values in zip(*parts, strict=True))
-        data = HeadData.of(self.head, features, labels, len(self.data) / rows)
+        data = HeadData.of(self.head, features, labels, len(self.data) / rows / self.engine.kl_weight)
         fit_head(self.head, self.head.factor(self.guide), data, self.objective)
         # a learned scale moves in training, from where it was declared
-        self.model.calibrate_prior(self.data)
+        self.model.prior.reset_scales()
 
     def _backward(self, batch: Mapping[str, Tensor]) -> float:
         drawn = self._scoped(self.guide.__call__, batch)(batch)

@@ -171,6 +171,11 @@ class Adapter(ABC):
         """Whether `local_draw` draws anything."""
         return False
 
+    @property
+    def enumerates(self) -> bool:
+        """Whether `enumerated` gives probabilities, so that every row has several networks."""
+        return False
+
     def enumerated(self, values: Mapping[str, Tensor]) -> Tensor | None:
         """Log probabilities of a discrete latent of each row that is to be summed out; None for most.
 

@@ -44,7 +44,8 @@ class MixtureLoRA(LoRA):
       probabilities* of K LoRAs of rank r/K are mixed, a mixture of predictions and not of weights.
 
     A drawn w is independent of the labels given z: its part of the guide is its own conditional, the bound is the expected
-    log-likelihood under it, and no KL is paid. Predictions of kind ``"mean"``, curvature and linearisation use w = p.
+    log-likelihood under it, and no KL is paid. Predictions of kind ``"mean"`` and curvature use w = p; linearised
+    predictions and last-layer methods, which cannot hold what is drawn for single rows, refuse it.
 
     Expert numbers mean nothing: a permutation of slices of A, B and rows of the gate changes no output, so nothing may be
     averaged by number over fits or chains.
@@ -124,10 +125,7 @@ class MixtureLoRA(LoRA):
             return sites
         features = backbone.embedding_size if self.gate_input == PROMPT else self.gate_features
         shape = torch.Size((self.experts, features))
-        # an enumerated row goes through the network once an expert, so no map sees one activation a token
-        linear = self.gate != "categorical"
-        factors = tuple(Site(**{**vars(site), "linear": linear}) for site in sites)
-        return (*factors, Site(self.gate_site, shape, ("expert", "gate_feature"), linear=linear))
+        return (*sites, Site(self.gate_site, shape, ("expert", "gate_feature")))
 
     def initial(
         self, backbone: Backbone, sites: Sequence[Site], generator: torch.Generator | None = None
@@ -216,9 +214,14 @@ class MixtureLoRA(LoRA):
         concentration = (self.concentration * logits.softmax(-1)).clamp_min(torch.finfo(logits.dtype).tiny ** 0.5)
         return {self._drawn: Dirichlet(concentration, validate_args=False).rsample()}
 
+    @property
+    def enumerates(self) -> bool:
+        """See `Adapter.enumerates`: under a ``"categorical"`` gate."""
+        return self.experts > 1 and self.gate == "categorical"
+
     def enumerated(self, values: Mapping[str, Tensor]) -> Tensor | None:
         """See `Adapter.enumerated`: log probabilities of the experts under a ``"categorical"`` gate."""
-        if self.experts == 1 or self.gate != "categorical":
+        if not self.enumerates:
             return None
         logits = self.gate_logits(values)
         if logits is None:

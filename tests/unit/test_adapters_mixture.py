@@ -9,13 +9,20 @@ import torch
 from pyro.infer import TraceEnum_ELBO
 
 from pyrolora.guides import MeanField, Point, build_guide
+from pyrolora.guides.base import SeededBy
+from pyrolora.inference.evaluation.gold import compare_to_gold
 from pyrolora.inference.laplace import Laplace
+from pyrolora.inference.links import LINKS
 from pyrolora.inference.map import MAP
-from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.nuts import NUTS
+from pyrolora.inference.posterior import LINEARISED, Posterior
+from pyrolora.inference.predictive import logits_of_draws
 from pyrolora.inference.spectrum import change_spectra
 from pyrolora.inference.svi import SVI
+from pyrolora.inference.vbll import VBLL
 from pyrolora.models.adapters import LastLayer, LoRA, MixtureLoRA
 from pyrolora.models.adapters.gated import LowRankDelta, over_rank
+from pyrolora.models.adapters.last_layer import HEAD
 from pyrolora.models.backbones import Backbone
 from pyrolora.models.prior_declarations import Flat
 from pyrolora.models.serving import merged
@@ -376,6 +383,123 @@ class TestEnumeration:
             model.features(batch_of(), draws_of(model))
         with pytest.raises(ValueError, match="is not a stack of weights of linear maps"):
             Laplace(estimate=MAP(steps=1)).fit(model, with_vectors(model.task.train), progress=False)
+
+
+class TestBesideALastLayer:
+    """Random in ``head.weight`` alone; what a gate draws or sums out for single rows still takes part."""
+
+    @pytest.fixture
+    def headed(self, three_topics_model):
+        def build(**settings):
+            return three_topics_model(adapter=[adapter_of(**settings), LastLayer()], prior=dist.Normal(0.0, 1.0))
+
+        return build
+
+    @staticmethod
+    def posterior_of(model, head_scale=0.1, start_scale=1.0):
+        torch.manual_seed(0)
+        start = draws_of(model, scale=start_scale)
+        guide = build_guide({"*lora*": Point(), "gate*": Point(), HEAD: MeanField(head_scale)}, model, start=start)
+        return Posterior(model, guide, {})
+
+    @pytest.mark.parametrize("gate", ["dirichlet", "concrete"])
+    def test_drawn_gates_reach_the_predictions(self, headed, gate):
+        model = headed(gate=gate)
+        posterior = self.posterior_of(model)
+        batch = model.encode(with_vectors(model.task.test)).batch([0, 1, 2])
+        generator = torch.Generator().manual_seed(4)
+        probs = posterior.predict(batch, draws=5, generator=generator).probs
+        # the same stream: weights first, then the seed of what is drawn for single rows
+        generator = torch.Generator().manual_seed(4)
+        drawn = posterior.sample(5, generator=generator)
+        local = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        with SeededBy(local, []):
+            expected = logits_of_draws(model, batch, drawn, 5).detach().softmax(-1)
+        torch.testing.assert_close(probs.double(), expected, atol=1e-6, rtol=0)
+        # and the gates make a difference to it: the same weights without them
+        without = model.logits(batch, drawn).detach().softmax(-1)
+        assert (expected - without).abs().max() > 1e-3
+
+    @pytest.mark.parametrize("gate", ["dirichlet", "concrete"])
+    def test_the_spread_of_drawn_gates_is_that_of_gates_drawn_by_hand(self, headed, gate):
+        # 2,000 draws each of a certain head; of probabilities this far from 0 and 1 a standard deviation is then known to
+        # about 2 %, and 15 % is beyond five errors of the difference
+        model = headed(gate=gate)
+        posterior = self.posterior_of(model, head_scale=1e-9, start_scale=0.4)
+        batch = model.encode(with_vectors(model.task.test)).batch([0, 1, 2])
+        probs = posterior.predict(batch, draws=2000, generator=torch.Generator().manual_seed(0)).probs.double()
+        mean = {name: value.detach() for name, value in posterior.mean().items()}
+        with torch.no_grad():
+            many = {key: value.repeat_interleave(2000, 0) if value.dim() else value for key, value in batch.items()}
+            by_hand = model.row_logits(many, mean, local=True).softmax(-1).unflatten(0, (3, 2000))
+        assert by_hand.std(1).min() > 1e-3
+        torch.testing.assert_close(probs.std(0), by_hand.std(1), atol=0, rtol=0.15)
+
+    @pytest.mark.parametrize("gate", ["dirichlet", "concrete"])
+    def test_linearised_kinds_are_refused_beside_drawn_gates(self, headed, gate):
+        model = headed(gate=gate)
+        posterior, data = self.posterior_of(model), with_vectors(model.task.train)
+        laplace = Laplace(structure="last_layer").fit(model, data, estimate=posterior, progress=False)
+        for one in (posterior, laplace):
+            assert not set(one.kinds) & set(LINEARISED)
+            assert one.predict(data, draws=2).kind == "mc"
+            for kind in ("linearised", "linearised_mf1"):
+                with pytest.raises(ValueError, match=f"kind '{kind}'.*draws its gate for each row anew.*Use kind='mc'"):
+                    one.predict(data, kind=kind)
+
+    def test_a_gate_summed_out_predicts_what_the_network_says(self, headed):
+        model = headed(gate="categorical")
+        posterior, data = self.posterior_of(model), with_vectors(model.task.test)
+        assert posterior.kinds == ("mc", "mean")
+        batch = model.encode(data).batch([0, 1, 2])
+        probs = posterior.predict(batch, draws=4, generator=torch.Generator().manual_seed(1)).probs
+        drawn = posterior.sample(4, generator=torch.Generator().manual_seed(1))
+        expected = model.logits(batch, drawn).detach().softmax(-1)
+        torch.testing.assert_close(probs.double(), expected, atol=1e-6, rtol=0)
+        assert posterior.predict(data, kind="mean").probs.shape == (1, len(data), 3)
+
+    def test_no_site_beside_a_gate_summed_out_has_curvature(self, headed, three_topics_model):
+        model = headed(gate="categorical")
+        with pytest.raises(ValueError, match=r"'head\.weight' is not a stack.*beside gate='categorical'"):
+            Laplace(structure="last_layer", estimate=MAP(steps=1)).fit(model, with_vectors(model.task.train))
+        other = LoRA(rank=2, name="more", targets=("k_proj",))
+        model = three_topics_model(adapter=[adapter_of(gate="categorical"), other])
+        assert not any(site.linear for site in model.adapter_sites.values())
+
+    @pytest.mark.parametrize("gate", ["dirichlet", "concrete", "categorical"])
+    @pytest.mark.parametrize("engine", [VBLL(steps=1), NUTS(draws=2, warmup=1, chains=1)], ids=["VBLL", "NUTS"])
+    def test_last_layer_engines_refuse_it(self, headed, gate, engine):
+        model = headed(gate=gate)
+        data, message = (
+            with_vectors(model.task.train),
+            "A last layer needs one feature vector a row, .*gate='deterministic'",
+        )
+        with pytest.raises(ValueError, match=message):
+            engine.fit(model, data, progress=False)
+        with pytest.raises(ValueError, match=message):
+            engine.fit(model, data, estimate=self.posterior_of(model), progress=False)
+
+    @pytest.mark.parametrize("gate", ["dirichlet", "categorical"])
+    def test_the_gold_standard_refuses_it(self, headed, gate):
+        posterior = self.posterior_of(headed(gate=gate))
+        with pytest.raises(ValueError, match="A last layer needs one feature vector a row"):
+            compare_to_gold(posterior, {"itself": posterior}, with_vectors(posterior.model.task.test))
+
+    def test_a_gate_without_noise_keeps_the_one_pass(self, headed):
+        model = headed()
+        posterior, data = self.posterior_of(model), with_vectors(model.task.test)
+        assert set(LINKS) < set(posterior.kinds)
+        passes, original = [], model.backbone.body.forward
+        model.backbone.body.forward = lambda *args, **kwargs: (passes.append(1), original(*args, **kwargs))[1]
+        batch = model.encode(data).batch([0, 1, 2])
+        # the blocks below the adapter and those above, once each; the backbone tries itself out before the first prediction
+        posterior.predict(batch, draws=1)
+        counts = []
+        for draws in (1, 600):
+            passes.clear()
+            posterior.predict(batch, draws=draws, kind="mc")
+            counts.append(len(passes))
+        assert counts == [2, 2]
 
 
 def with_vectors(split):

@@ -1,6 +1,7 @@
 """VBLL end to end on a tiny network: training modes, refits, post-training, one-pass prediction, refusals."""
 
 import copy
+import dataclasses
 
 import pyro.distributions as dist
 import pytest
@@ -24,10 +25,10 @@ from pyrolora.inference.vbll.natural_step import natural_step
 from pyrolora.inference.vbll.objectives import Objective
 from pyrolora.inference.vbll.regression import GaussianObjective
 from pyrolora.models.adapters import Adapter, FullRank, LastLayer, LoRA, PoLAR
+from pyrolora.models.adapters.last_layer import HEAD
 from pyrolora.models.backbones import Backbone
 from pyrolora.models.declarations import declared_prior
-from pyrolora.models.prior_declarations import learned as one_a_class
-from pyrolora.models.prior_declarations import logit_scale
+from pyrolora.models.prior_declarations import learned, logit_scale
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import Split
 
@@ -286,11 +287,20 @@ class TestRefit:
 
     def test_a_learned_prior_scale_moves_to_its_optimum(self, make):
         prior = {**PRIOR, "head.weight": logit_scale(2.0, learned=True)}
-        fixed, learned = fit(make()), fit(make(prior=prior))
-        assert fixed.record["prior_scale"] != pytest.approx(learned.record["prior_scale"], rel=0.01)
+        fixed, moved = fit(make()), fit(make(prior=prior))
+        assert fixed.record["prior_scale"] != pytest.approx(moved.record["prior_scale"], rel=0.01)
+
+    @pytest.mark.parametrize("head", [learned(0.1), logit_scale(2.0, learned=True)], ids=["weights", "logits"])
+    def test_a_learned_scale_starts_training_where_it_was_declared(self, make, head):
+        starts = []
+        for warm in (False, True):
+            model = make(LoRA(rank=2), prior={"*.lora_*": dist.Normal(0.0, 1.0), HEAD: head})
+            VBLL(warm_start=warm).iterate(model, model.task.train)
+            starts.append(float(model.prior.scales[HEAD]))
+        assert starts[1] == starts[0]
 
     def test_a_scale_for_each_class_is_refused(self, make):
-        model = make(prior={**PRIOR, "head.weight": one_a_class(0.1, per="class")})
+        model = make(prior={**PRIOR, "head.weight": learned(0.1, per="class")})
         with pytest.raises(ValueError, match=r"finds one prior scale, and 3 are declared\. Leave per= out"):
             fit(model)
 
@@ -302,6 +312,65 @@ class TestRefit:
         assert float(model.prior.scales["head.weight"]) == pytest.approx(float(expected), rel=1e-4)
 
 
+def repeated(split):
+    return Split(split.name, split.task, tuple(split) * 2, split.classes)
+
+
+class TestColdPosteriors:
+    """A posterior at ``kl_weight=0.5`` is that of all rows seen twice."""
+
+    @pytest.fixture
+    def model(self, make):
+        return make(LoRA(rank=2), dtype=torch.float64)
+
+    @staticmethod
+    def check(first, second, tolerance):
+        roots = [factor.scale_tril.detach() for factor in (first, second)]
+        means = [factor.mean().detach() for factor in (first, second)]
+        for mine, theirs in (means, [root @ root.mT for root in roots]):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance * float(theirs.abs().max()))
+
+    @pytest.mark.parametrize(
+        ("refit", "guide", "tolerance"),
+        [
+            ("tilted", BlockCovariance(), 1e-9),
+            ("bohning", BlockCovariance(), 1e-9),
+            ("laplace", BlockCovariance(), 1e-9),
+            # natural gradients crawl along the shift of all classes under Jensen's bound, and L-BFGS ends near the optimum
+            ("jensen", BlockCovariance(), 1e-4),
+            ("tilted", FullCovariance(), 1e-5),
+        ],
+        ids=str,
+    )
+    def test_the_refit(self, model, refit, guide, tolerance):
+        estimate = fit(model, guide=guide, refit="none")
+        twice = repeated(model.task.train)
+        cold, warm, plain = (
+            VBLL(guide=guide, refit=refit, kl_weight=weight).fit(model, data, estimate=estimate, progress=False)
+            for weight, data in ((0.5, model.task.train), (1.0, twice), (1.0, model.task.train))
+        )
+        self.check(head_of(cold), head_of(warm), tolerance)
+        if refit != "laplace":
+            assert cold.record["refit_loss"] == pytest.approx(0.5 * warm.record["refit_loss"], rel=1e-6)
+        with pytest.raises(AssertionError):
+            self.check(head_of(cold), head_of(plain), 100 * tolerance)
+
+    def test_the_warm_start(self, model):
+        engine = VBLL(guide=BlockCovariance(), objective="tilted")
+        cold = dataclasses.replace(engine, kl_weight=0.5).iterate(model, model.task.train)
+        warm = engine.iterate(model, repeated(model.task.train))
+        # other batches round otherwise, and the loss is within 1e-10 of its optimum
+        self.check(head_of(cold), head_of(warm), 1e-7)
+
+    def test_training_and_its_refit(self, model):
+        spreads = [
+            float(head_of(fit(model, kl_weight=weight)).distribution().variance.mean().detach())
+            for weight in (1.0, 0.1, 0.01)
+        ]
+        # the mean is over all weights, most of which lie outside the span of the features and keep the prior's width
+        assert spreads[0] > 1.05 * spreads[1] > 1.1 * spreads[2]
+
+
 class TestPostTraining:
     def test_it_leaves_everything_below_the_head_where_it_was(self, three_topics_model, make):
         below = three_topics_model(torch.float32, adapter=LoRA(rank=2))
@@ -311,6 +380,29 @@ class TestPostTraining:
         for name, value in estimate.mean().items():
             assert torch.equal(posterior.mean()[name], value)
         assert head_of(posterior).distribution().variance.min() > 0
+
+    def test_an_estimate_of_a_prior_declared_alike_keeps_its_learned_scales(self, make):
+        prior = {
+            "*.lora_*": learned(0.5, strength=0.0, after=0.0),
+            "head.weight": learned(0.1, strength=0.0, after=0.0),
+        }
+        model = make(LoRA(rank=2), prior=prior)
+        estimate = fit(model, steps=20, refit="none")
+        kept = {name: float(scale) for name, scale in estimate.model.prior.scales.items()}
+        assert all(abs(kept[name] / declared - 1) > 0.05 for name, declared in (("q_proj.lora_A", 0.5), (HEAD, 0.1)))
+        on_top = VBLL(refit="none").fit(model, model.task.train, estimate=estimate, progress=False)
+        assert {name: float(scale) for name, scale in on_top.model.prior.scales.items()} == kept
+        # a refit of the head finds that scale anew and leaves the others where the estimate has them
+        again = VBLL().fit(model, model.task.train, estimate=estimate, progress=False)
+        assert float(again.model.prior.scales["q_proj.lora_A"]) == kept["q_proj.lora_A"]
+
+    def test_an_estimate_of_another_prior_leaves_the_scales_declared(self, make):
+        below = make(LoRA(rank=2), prior={"*.lora_*": dist.Normal(0.0, 1.0), HEAD: logit_scale(4.0)})
+        estimate = fit(below, steps=1, refit="none")
+        model = make(LoRA(rank=2), prior={"*.lora_*": dist.Normal(0.0, 1.0), HEAD: logit_scale(2.0)})
+        on_top = VBLL(refit="none").fit(model, model.task.train, estimate=estimate, progress=False)
+        scale, other = (float(one.model.prior.scales[HEAD]) for one in (on_top, estimate))
+        assert scale == pytest.approx(other / 2, rel=1e-5)
 
     def test_layers_of_every_form(self, make):
         probs = {}
