@@ -37,6 +37,10 @@ def as_dtype(dtype: torch.dtype | str, device: torch.device | str) -> torch.dtyp
             raise ValueError(f"dtype={dtype} is not of floating point; use torch.float32 or torch.bfloat16.")
         return dtype
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "float16": torch.float16}
+    if not isinstance(dtype, str):
+        raise ValueError(
+            f"dtype is {dtype!r}, a {type(dtype).__name__}; expected a torch.dtype, 'auto' or one of {', '.join(named)}."
+        )
     if dtype == "auto":
         return native_dtype(device)
     if dtype not in named:

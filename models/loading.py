@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pyrolora.models.backbones import Backbone
 from pyrolora.models.cache import made_once
+from pyrolora.models.devices import as_device
 from pyrolora.models.float_types import as_dtype, attention_of
 from pyrolora.models.naming import nearest
 from pyrolora.models.packaged import PACKAGED, SHORT_NAMES, packaged_file
@@ -38,13 +39,14 @@ def load_backbone(
     Raises:
         FileNotFoundError: the packaged model is not installed, or the file or folder does not exist.
         ValueError: the name is neither known nor a path nor found on the hub (the nearest short name is offered), the
-            folder is incomplete, or the dtype is not of floating point.
+            folder is incomplete, the dtype is not of floating point, or the device is unknown or not there.
     """
+    device = as_device(device)
     dtype = as_dtype(dtype, device)
     name = str(name_or_path)
     path = Path(name)
     if is_vision(name):
-        return load_vision(name, dtype=dtype, device=torch.device(device))
+        return load_vision(name, dtype=dtype, device=device)
     if name in PACKAGED:
         folder = _dequantised(packaged_file(name))
     elif path.suffix == ".gguf":
@@ -60,7 +62,7 @@ def load_backbone(
     try:
         source = name if folder is None else str(folder)
         network: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation=attention_of(dtype, torch.device(device))
+            source, dtype=dtype, attn_implementation=attention_of(dtype, device)
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
     except OSError as error:
@@ -74,7 +76,7 @@ def load_backbone(
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Backbone(network.to(device=torch.device(device)), tokenizer, name)
+    return Backbone(network.to(device=device), tokenizer, name)
 
 
 def _dequantised(file: Path) -> Path:

@@ -30,11 +30,30 @@ class TestLoading:
             ("absent.gguf", {}, FileNotFoundError, "No GGUF file at 'absent.gguf'"),
             ("smollm2-135m", {"dtype": "bfloat61"}, ValueError, "Unknown dtype 'bfloat61'.*Did you mean 'bfloat16'"),
             ("smollm2-135m", {"dtype": torch.int8}, ValueError, "torch.int8 is not of floating point"),
+            (
+                "smollm2-135m",
+                {"dtype": None},
+                ValueError,
+                "dtype is None, a NoneType; expected a torch.dtype, 'auto' or",
+            ),
+            ("smollm2-135m", {"device": "gpu"}, ValueError, "Unknown device 'gpu'; .* An NVIDIA GPU is 'cuda'"),
+            ("smollm2-135m", {"device": None}, ValueError, "Unknown device None; expected one such as cpu, cuda"),
+            ("tiny-vit", {"device": "gpu", "dtype": "auto"}, ValueError, "Unknown device 'gpu'"),
         ],
     )
     def test_bad_names_and_types_are_refused(self, name, settings, error, message):
         with pytest.raises(error, match=message):
             load_backbone(name, **settings)
+
+    @pytest.mark.skipif(torch.cuda.device_count() > 7, reason="has a device of that number")
+    @pytest.mark.parametrize("dtype", ["float32", "auto"])
+    def test_a_device_that_is_not_there_is_refused(self, dtype):
+        with pytest.raises(ValueError, match=r"The device 'cuda:7' cannot be used on this machine: .*Use 'cpu'\."):
+            load_backbone("tiny-vit", device="cuda:7", dtype=dtype)
+
+    def test_a_device_without_values_is_none(self):
+        with pytest.raises(ValueError, match="The device 'meta' cannot be used on this machine"):
+            load_backbone("tiny-vit", device="meta")
 
     def test_a_folder_without_a_configuration_is_refused(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"holds no config\.json, so it is not a transformers model"):
