@@ -14,6 +14,7 @@ from torch.distributions import constraints
 
 from pyrolora.models.naming import nearest
 from pyrolora.models.randomness import seeded
+from pyrolora.models.settings import check_numbers
 from pyrolora.models.sites import Site
 
 ROLES = ("loc", "scale", "point", "manifold")
@@ -56,6 +57,10 @@ class Family(ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         Family.registered[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        """Refuse hyper-parameters that are no such numbers; see `check_numbers`."""
+        check_numbers(self)
 
     @classmethod
     def fits_manifold(cls, support: constraints.Constraint) -> bool:

@@ -54,6 +54,7 @@ class BLoB(Family):
     variant: str = field(default="elbo", metadata={"help": "'elbo' or 'release'"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive(self.init_scale)
         if self.variant not in VARIANTS:
             raise ValueError(

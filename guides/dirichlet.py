@@ -30,6 +30,7 @@ class Dirichlet(Family):
     strength: float = field(default=10.0, metadata={"help": "sum of the concentrations at the start"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.strength > 0:
             raise ValueError(f"The strength of a Dirichlet must be positive; got {self.strength}. Try 10.")
 

@@ -28,6 +28,7 @@ class Empirical(Family):
     draws: int = field(default=1000, metadata={"help": "number of draws"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.draws < 1:
             raise ValueError(f"An empirical posterior needs at least one draw; got {self.draws}.")
 

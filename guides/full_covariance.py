@@ -37,6 +37,7 @@ class FullCovariance(Family):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive(self.init_scale)
 
     def factor(self, site: Site, start: Tensor, prior: TorchDistribution) -> Factor:

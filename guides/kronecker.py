@@ -41,6 +41,7 @@ class KroneckerNormal(Family):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank is not None and self.rank < 1:
             raise ValueError(
                 f"The rank of a KroneckerNormal must be at least 1; got {self.rank}. Try 10, or None for all."

@@ -43,6 +43,7 @@ class LowRank(Family):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank < 1:
             raise ValueError(f"The rank of a LowRank guide must be at least 1; got {self.rank}. Try 4.")
         require_positive(self.init_scale)

@@ -40,6 +40,7 @@ class MatrixNormal(Family):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive(self.init_scale)
 
     def factor(self, site: Site, start: Tensor, prior: TorchDistribution) -> Factor:

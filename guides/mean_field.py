@@ -38,6 +38,7 @@ class MeanField(Family):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive(self.init_scale)
 
     def factor(self, site: Site, start: Tensor, prior: TorchDistribution) -> Factor:

@@ -46,6 +46,7 @@ class StiefelNormal(Family):
         return support is stiefel
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive(self.init_scale)
 
     def factor(self, site: Site, start: Tensor, prior: TorchDistribution) -> Factor:

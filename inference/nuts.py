@@ -23,6 +23,7 @@ from pyrolora.inference.vbll.objectives import Objective
 from pyrolora.models.adapters.last_layer import HEAD
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.randomness import seeded
+from pyrolora.models.settings import check_numbers
 from pyrolora.models.tasks import EncodedSplit, Split
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 DIAGNOSED_ROWS = 40
 # of R-hat, beyond which the chains have not met
 CONVERGED = 1.01
+# of a chain, which an effective sample size takes
+FEWEST_DRAWS = 4
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,15 @@ class NUTS:
     feature_folder: str | None = field(default=None, metadata={"help": "where features are kept"})
 
     def __post_init__(self) -> None:
-        for name in ("draws", "warmup", "chains", "batch_size"):
+        check_numbers(self)
+        for name in ("warmup", "chains", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        if self.draws < FEWEST_DRAWS:
+            raise ValueError(
+                f"draws must be at least {FEWEST_DRAWS}, or no effective sample size can be told; got {self.draws}. "
+                "500 is usual."
+            )
         if not 0 < self.target_accept < 1:
             raise ValueError(f"target_accept is a probability between 0 and 1; got {self.target_accept}. Try 0.8.")
 

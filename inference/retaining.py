@@ -10,6 +10,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyrolora.models.naming import nearest
+from pyrolora.models.settings import check_numbers
 
 DIRECTIONS = ("teacher", "student")
 PREFIX = "retaining."
@@ -58,6 +59,7 @@ class QualityRetaining:
     direction: str = field(default="teacher", metadata={"help": "'teacher' or 'student' first in the KL"})
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.weight < 0:
             raise ValueError(f"weight must not be negative; got {self.weight}. 1 is the paper's, 0 none.")
         for name in ("temperature", "initial_loss", "least_loss"):

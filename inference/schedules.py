@@ -12,6 +12,7 @@ import torch
 from pyrolora.models.adapters.lora import weight_norms
 from pyrolora.models.backbones import Backbone
 from pyrolora.models.naming import nearest
+from pyrolora.models.settings import check_numbers
 from pyrolora.models.sites import Site, SiteTable
 
 SAMPLERS = ("uniform", "cycle", "norm")
@@ -75,6 +76,7 @@ class BlockSchedule:
     )
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.blocks != "layer":
             object.__setattr__(self, "blocks", (self.blocks,) if isinstance(self.blocks, str) else tuple(self.blocks))
         object.__setattr__(self, "always", (self.always,) if isinstance(self.always, str) else tuple(self.always))

@@ -19,6 +19,7 @@ from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.training import TrainingRun
 from pyrolora.models.naming import nearest
 from pyrolora.models.program import BayesianModel
+from pyrolora.models.settings import check_numbers
 from pyrolora.models.stiefel import RETRACTIONS
 from pyrolora.models.tasks import EncodedSplit, Split
 
@@ -93,6 +94,7 @@ class SVI:
     checkpoint_every: int = field(default=50, metadata={"help": "steps between checkpoints"})
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         by_pattern(self.guide)
         for name in ("steps", "batch_size", "particles", "checkpoint_every"):
             if getattr(self, name) < 1:

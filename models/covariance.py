@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import constraints, register_kl
 
 from pyrolora.models.moments import SecondMoments
+from pyrolora.models.settings import check_numbers
 from pyrolora.models.sites import Site
 
 
@@ -42,6 +43,7 @@ class Covariance:
     damping: float = 0.01
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name in ("scale", "damping"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"The {name} of a covariance prior must be positive; got {getattr(self, name)}.")

@@ -13,6 +13,7 @@ from pyrolora.models.covariance import Covariance
 from pyrolora.models.mixture_prior import MemberMixture
 from pyrolora.models.naming import nearest
 from pyrolora.models.prior_distributions import Improper, parameters_of
+from pyrolora.models.settings import check_numbers
 from pyrolora.models.sites import Site
 from pyrolora.models.uniform_stiefel import UniformStiefel
 
@@ -48,6 +49,7 @@ class Learned:
     fixed: bool = False
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.scale <= 0:
             raise ValueError(f"The scale of a learned prior must be positive; got {self.scale}. Try 0.05.")
         if self.strength < 0:
@@ -94,6 +96,7 @@ class Relative:
     ratio: float
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not self.ratio > 0:
             raise ValueError(f"The ratio of a relative prior must be positive; got {self.ratio}. Try 0.1.")
 

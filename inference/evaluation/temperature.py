@@ -12,6 +12,7 @@ from torch import Tensor
 from pyrolora.inference.evaluation.validation import check_predictions, check_probabilities
 from pyrolora.inference.posterior import Posterior
 from pyrolora.models.program import BayesianModel
+from pyrolora.models.settings import check_numbers
 from pyrolora.models.tasks import EncodedSplit, Split
 
 # natural logarithm of the temperatures that are tried: a twentieth to twenty
@@ -119,8 +120,9 @@ class TemperatureScaling:
     draws: int = field(default=10, metadata={"help": "weight draws with which the temperature is chosen"})
 
     def __post_init__(self) -> None:
-        if isinstance(self.draws, bool) or not isinstance(self.draws, int) or self.draws < 1:
-            raise ValueError(f"draws is a whole number of at least 1; got {self.draws!r}. 10 is usual.")
+        check_numbers(self)
+        if self.draws < 1:
+            raise ValueError(f"draws must be at least 1; got {self.draws!r}. 10 is usual.")
 
     def fit(
         self,

@@ -27,6 +27,7 @@ from pyrolora.inference.map import MAP
 from pyrolora.inference.posterior import Posterior
 from pyrolora.models.naming import nearest
 from pyrolora.models.program import BayesianModel
+from pyrolora.models.settings import check_numbers
 from pyrolora.models.tasks import EncodedSplit, Split
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class Laplace:
     checkpoint: str | Path | None = field(default=None, metadata={"help": "folder of unfinished sums"})
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name, valid in (("structure", STRUCTURES), ("precision", PRECISIONS), ("group", GROUPS)):
             value = getattr(self, name)
             if value not in valid:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyrolora.models.naming import nearest
+from pyrolora.models.settings import check_numbers
 
 STARTS = ("uniform", "normal", "zero")
 # resolution of each level and what multiplies it
@@ -49,6 +50,7 @@ class PGD:
     start: str = field(default="uniform", metadata={"help": "'uniform', 'normal' or 'zero'"})
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not 0 <= self.epsilon <= 1:
             raise ValueError(
                 f"epsilon is a distance in units of the pixel range, in [0, 1]; got {self.epsilon}. "

@@ -9,6 +9,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyrolora.models.naming import nearest
+from pyrolora.models.settings import check_numbers
 
 MODES = ("none", "awp", "paper", "gauss")
 
@@ -69,6 +70,7 @@ class WeightPerturbation:
     size: float = field(default=1e-3, metadata={"help": "relative length, or for 'paper' the step"})
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.mode not in MODES:
             raise ValueError(
                 f"Unknown mode {self.mode!r} of a weight perturbation. Did you mean {nearest(self.mode, MODES)!r}? "

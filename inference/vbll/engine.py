@@ -24,6 +24,7 @@ from pyrolora.inference.vbll.training import LastLayerRun
 from pyrolora.models.adapters.last_layer import HEAD
 from pyrolora.models.naming import nearest
 from pyrolora.models.program import BayesianModel
+from pyrolora.models.settings import check_numbers
 from pyrolora.models.tasks import EncodedSplit, Split
 
 MODES = ("alternating", "joint")
@@ -92,6 +93,7 @@ class VBLL(SVI):
     feature_folder: str | None = field(default=None, metadata={"help": "where features are kept"})
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         # the checks of SVI are about a guide for all sites
         dataclasses.replace(SVI(), **{entry.name: getattr(self, entry.name) for entry in dataclasses.fields(SVI)
                                       if entry.name != "guide"})  # fmt: skip

@@ -14,6 +14,7 @@ from pyrolora.models.answer_position import every_position
 from pyrolora.models.backbones import Backbone, Delta, OutputGate
 from pyrolora.models.local import LocalWeight
 from pyrolora.models.naming import nearest
+from pyrolora.models.settings import check_numbers
 from pyrolora.models.sites import Site
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class Adapter(ABC):
             Adapter.registered[cls.__name__] = cls
 
     def __post_init__(self) -> None:
-        """Make tuples of lists and other collections, so that an adapter is equal and hashable by what it holds."""
+        """Make tuples of lists and other collections, so that an adapter is equal and hashable; refuse bad numbers."""
+        check_numbers(self)
         for entry in fields(self):
             value = getattr(self, entry.name)
             if isinstance(value, Iterable) and not isinstance(value, str):

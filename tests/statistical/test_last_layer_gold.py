@@ -145,14 +145,16 @@ def test_a_gold_standard_is_a_posterior_like_the_others(build, tmp_path):
 
 
 def test_what_it_refuses(build):
-    with pytest.raises(ValueError, match="draws must be at least 1; got 0"):
-        NUTS(draws=0)
+    for draws in (0, 3):
+        with pytest.raises(ValueError, match=f"draws must be at least 4, .* effective sample size .*; got {draws}"):
+            NUTS(draws=draws)
     with pytest.raises(ValueError, match="target_accept is a probability"):
         NUTS(target_accept=1.0)
     model, other = build(40, 3, 6), build(40, 3, 6)
     other.prior = type(other.prior)(dist.StudentT(3.0), other.adapter_sites, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"needs a Normal prior on head\.weight; it is a StudentT"):
-        NUTS(draws=2).fit(other, other.task.train, progress=False)
+        NUTS(draws=4).fit(other, other.task.train, progress=False)
+    assert NUTS(draws=4, warmup=2, chains=1).fit(model, model.task.train, progress=False).record["draws"] == 4
     gold = NUTS(draws=4, warmup=2, chains=2).fit(model, model.task.train, progress=False)
     foreign = build(40, 3, 8)
     estimate = MAP(steps=1).iterate(foreign, foreign.task.train).posterior()
