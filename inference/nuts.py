@@ -137,6 +137,10 @@ class NUTS:
         }  # fmt: skip
         return Posterior(model, guide, record)
 
+    def check(self, model: BayesianModel, num_data: int, *, estimated: bool = False) -> None:
+        """See `SVI.check`."""
+        LastLayerHead(model).normal_prior()
+
     def _sample(self, head: LastLayerHead, data: HeadData, white: Whitened, progress: bool) -> tuple[Tensor, int]:
         """Whitened rows of every chain, ``(chains, draws, rows, span)``, and the number of divergences."""
         rows, _ = optimum(data, white, head.complete, Objective("tilted"))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pyrolora.guides.base import GuideSpecification, by_pattern
+from pyrolora.guides.base import Guide, GuideSpecification, by_pattern
 from pyrolora.guides.blob import BLoB, SquaredScaleFactor
 from pyrolora.guides.local import local_weight
 from pyrolora.inference.engine import StepStats
@@ -82,6 +82,15 @@ class ReleasedBLoB(SVI):
         ):
             raise ValueError(f'ReleasedBLoB fits BLoB(variant="release"); got {self.guide}. Use SVI for other guides.')
 
+    def check_guide(self, model: BayesianModel, guide: Guide, num_data: int) -> None:
+        """See `SVI.check_guide`: the released algorithm knows few priors and drops what fills no batch."""
+        if num_data < self.batch_size:
+            raise ValueError(
+                f"{num_data} examples do not fill one batch of {self.batch_size}, and the released code drops the rest. Give "
+                "a smaller batch_size."
+            )
+        _prior_variances(model, _normals(guide))
+
     def iterate(
         self,
         model: BayesianModel,
@@ -120,35 +129,14 @@ class ReleasedRun(TrainingRun):
         start: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__(engine, model, data, generator=generator, start=start)
-        if len(self.data) < engine.batch_size:
-            raise ValueError(
-                f"{len(self.data)} examples do not fill one batch of {engine.batch_size}, and the released code drops the "
-                "rest. Give a smaller batch_size."
-            )
-        self.normals = {name: f for name, f in self.guide.items() if isinstance(f, SquaredScaleFactor)}
-        self.variances = self._prior_variances()
+        self.normals = _normals(self.guide)
+        self.variances = _prior_variances(model, self.normals)
         for group in self.optimiser.adam.param_groups:
             group["eps"] = EPSILON
         if self.step == 0:
             source = torch.Generator().manual_seed(self.seed)
             for factor in self.normals.values():
                 factor.draw_start(source)
-
-    def _prior_variances(self) -> dict[str, float]:
-        found = {}
-        for name in self.model.adapter_sites:
-            if name not in self.normals and not isinstance(self.model.prior.declared[name], Flat):
-                raise ValueError(
-                    f"The released algorithm has no prior on {name!r}, and one is declared. Declare Flat() there: "
-                    'prior={"*.lora_A": Normal(0, 0.2), "*.lora_B": Flat()}.'
-                )
-        for name, prior in declared_prior(self.model, tuple(self.normals)).items():
-            if prior.precision.numel() > 1 or prior.mean.any() or name in self.model.prior.scales:
-                raise ValueError(
-                    f"The released KL knows one fixed Normal(0, scale) a site; that of {name!r} is another."
-                )
-            found[name] = float(prior.precision.double().reciprocal())
-        return found
 
     def _stream(self, start: int) -> Iterator[dict[str, Tensor]]:
         size = self.engine.batch_size
@@ -220,3 +208,23 @@ class ReleasedRun(TrainingRun):
             own = likelihood[name]
             f.root_scale.sub_((rate * (slope if own is None else slope + own)).to(f.root_scale))
         return total
+
+
+def _normals(guide: Guide) -> dict[str, SquaredScaleFactor]:
+    """Site name -> factor, of the sites with a width."""
+    return {name: factor for name, factor in guide.items() if isinstance(factor, SquaredScaleFactor)}
+
+
+def _prior_variances(model: BayesianModel, normals: Mapping[str, SquaredScaleFactor]) -> dict[str, float]:
+    found = {}
+    for name in model.adapter_sites:
+        if name not in normals and not isinstance(model.prior.declared[name], Flat):
+            raise ValueError(
+                f"The released algorithm has no prior on {name!r}, and one is declared. Declare Flat() there: "
+                'prior={"*.lora_A": Normal(0, 0.2), "*.lora_B": Flat()}.'
+            )
+    for name, prior in declared_prior(model, tuple(normals)).items():
+        if prior.precision.numel() > 1 or prior.mean.any() or name in model.prior.scales:
+            raise ValueError(f"The released KL knows one fixed Normal(0, scale) a site; that of {name!r} is another.")
+        found[name] = float(prior.precision.double().reciprocal())
+    return found

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pyrolora.guides import BLoB
-from pyrolora.guides.base import Family, GuideSpecification, by_pattern
+from pyrolora.guides.base import Family, Guide, GuideSpecification, by_pattern
+from pyrolora.inference.assembly import assemble
 from pyrolora.inference.natural_widths import WIDTHS
 from pyrolora.inference.noise import SCOPES, TOKEN_SCOPES
 from pyrolora.inference.posterior import Posterior
@@ -197,6 +198,32 @@ class SVI:
     def guide_for(self, model: BayesianModel, num_data: int) -> GuideSpecification:
         """The guide of a model with so many training examples: the one that was given."""
         return self.guide
+
+    def check_guide(self, model: BayesianModel, guide: Guide, num_data: int) -> None:
+        """Refuse a guide at its start that this engine cannot train; an engine that takes any has nothing to say.
+
+        Raises:
+            ValueError: what does not fit.
+        """
+
+    def integrates_out(self, site: str) -> bool:
+        """Whether the likelihood has no draw of an adapter's site in it."""
+        return False
+
+    def check(self, model: BayesianModel, num_data: int, *, estimated: bool = False) -> None:
+        """Refuse what `fit` would refuse of a model when it begins, before any data are read: ``SVI().check(model, 300)``.
+
+        Args:
+            model: the model; its backbone does not run.
+            num_data: training examples.
+            estimated: whether the fit starts from an estimate.
+
+        Raises:
+            ValueError: a guide, a schedule, widths or noise that do not fit the model's sites, or an estimate.
+        """
+        if estimated:
+            raise ValueError(f"{type(self).__name__} starts from no estimate. Leave estimate out.")
+        assemble(self, model, num_data, seed=self.seed)
 
     def to_dict(self) -> dict[str, Any]:
         """Settings, ready for JSON."""

@@ -15,15 +15,12 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyrolora.guides import build_guide
 from pyrolora.guides.base import ROLES
-from pyrolora.guides.local import local_weight
 from pyrolora.inference import checkpoint
+from pyrolora.inference.assembly import assemble
 from pyrolora.inference.digests import data_digest, tensor_digest
 from pyrolora.inference.elbo import AnalyticELBO
 from pyrolora.inference.engine import History, StepStats
-from pyrolora.inference.logit_gradients import require_linear
-from pyrolora.inference.natural_widths import NaturalWidths
 from pyrolora.inference.noise import TOKEN_SCOPES, NoiseMessenger, TemperMessenger, TokenMessenger
 from pyrolora.inference.optimiser import GuideAdam
 from pyrolora.inference.posterior import Posterior
@@ -76,23 +73,12 @@ class TrainingRun:
         # a fit before this one may have moved the learned scales, from which guides start
         model.prior.reset_scales()
         model.calibrate_prior(self.data)
-        source = torch.Generator().manual_seed(self.seed)
-        self.guide = build_guide(engine.guide_for(model, len(self.data)), model, start=start, generator=source)
-        schedule = engine.schedule
-        plan = None if schedule is None else schedule.plan(model.sites, model.backbone, self.seed)
+        parts = assemble(engine, model, len(self.data), seed=self.seed, start=start)
+        self.guide, self.widths, self.noisy_sites = parts.guide, parts.widths, parts.noisy_sites
         manifold_step = RiemannianStep((), engine.manifold_step, engine.retraction, engine.landing_penalty)
-        natural = engine.width == "natural"
-        self.widths = NaturalWidths(self.guide, model, len(self.data), engine.kl_weight) if natural else None
         left_out = self.widths.left_out if self.widths is not None else ()
-        self.optimiser = self._make_optimiser(plan, manifold_step, left_out)
+        self.optimiser = self._make_optimiser(parts.plan, manifold_step, left_out)
         self.parameters: list[Tensor] = list(self.optimiser.parameters)
-        self.noisy_sites = frozenset(name for name in self.guide.site_names if self._is_noisy(name))
-        if engine.noise in TOKEN_SCOPES:
-            require_linear(model, self.noisy_sites)
-            for name, factor in self.guide.items():
-                if name in self.noisy_sites:
-                    # refuses a family without token noise before the first step
-                    local_weight(factor.distribution(), engine.noise)
         self.elbo = AnalyticELBO(num_particles=engine.particles)
         groups = getattr(model.task.format, "group_of_class", torch.zeros(model.classes or 0, dtype=torch.int64))
         self.bank = None if engine.retaining is None else self._bank(engine.retaining, groups)
@@ -120,10 +106,6 @@ class TrainingRun:
             )
         backbone = self.model.backbone
         return LogitBank(settings, group_of_class, backbone.device, backbone.site_dtype)
-
-    def _is_noisy(self, name: str) -> bool:
-        factor = dict(self.guide.items())[name]
-        return name in self.model.adapter_sites and "scale" in factor.roles.values()
 
     def _rates(self) -> dict[str, float]:
         """Peak learning rates, as `GuideAdam` takes them."""

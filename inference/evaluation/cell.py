@@ -32,6 +32,7 @@ from pyrolora.models.atomic import replacing
 from pyrolora.models.backbones import Backbone
 from pyrolora.models.declarations import declared, declared_prior
 from pyrolora.models.program import BayesianModel
+from pyrolora.models.randomness import seeded
 from pyrolora.models.tasks import Split, Task
 
 logger = logging.getLogger(__name__)
@@ -160,6 +161,30 @@ class Cell:
         ]
         prior = declared_prior(method.prior)
         return BayesianModel(backbone, data, adapter=adapters, prior=prior, max_length=self.config.max_length)
+
+    def check(self, backbone: Backbone, data: Task) -> None:
+        """Refuse what the cell's fit would refuse of its model: sites, priors, guide, and entries that gates read.
+
+        Nothing is trained; two rows go through the network as it starts, or one episode.
+
+        Raises:
+            ValueError: what does not fit, with the method's name.
+        """
+        method = self.config.method(self.name)
+        try:
+            model = self.model(backbone, data)
+            if method.engine != "none":
+                engine = method.make_engine()
+                engine.check(model, len(data.train), estimated=method.estimate is not None)
+            some = data.train.subset(min(len(data.train), getattr(data.train, "rows_each", 2)))
+            batch = next(model.encode(some).batches(len(some)))
+            with torch.no_grad(), seeded(self.seed, backbone.device):
+                model.row_logits(batch, model.initial(), local=True)
+            model.release()
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"The method {self.name!r} does not go with its adapter, prior and task. {error}"
+            ) from error
 
     def posterior(self, backbone: Backbone, data: Task, fitted: dict[str, Posterior], progress: bool) -> Posterior:
         """The fitted posterior, read from the folder if it was kept, else fitted and kept.

@@ -96,6 +96,9 @@ def fit_one(config: ExperimentConfig, name: str, seed: int, folder: str | Path, 
         _check_claim(folder, config)
     data = _task(config, seed)
     backbone = load_backbone(config.model, dtype=config.dtype, device=config.device)
+    for needed in config.needed():
+        if needed in (name, config.method(name).estimate):
+            Cell(config, needed, seed, folder).check(backbone, data)
     # beside the posterior, because saving replaces the folder; claimed, so that only the same fit takes it up again
     estimates = folder.with_name(folder.name + ".estimate")
     if config.method(name).estimate is not None:
@@ -109,8 +112,13 @@ def fit_one(config: ExperimentConfig, name: str, seed: int, folder: str | Path, 
     return posterior
 
 
-def prepare(config: ExperimentConfig, out: Path, backbone: Backbone | None = None) -> Prepared:
-    """Load what all cells need, refuse what does not fit, and claim the folder; nothing is written before all fits."""
+def prepare(
+    config: ExperimentConfig, out: Path, backbone: Backbone | None = None, *, keep_going: bool = False
+) -> Prepared:
+    """Load what all cells need, refuse what does not fit, and claim the folder; nothing is written before all fits.
+
+    With ``keep_going`` a guide that does not fit its model is left to fail with its cell, as any other failure there.
+    """
     needed = config.needed()
     _check_claim(out, config)
     data = _task(config)
@@ -123,7 +131,11 @@ def prepare(config: ExperimentConfig, out: Path, backbone: Backbone | None = Non
         )
     backbone = backbone or load_backbone(config.model, dtype=config.dtype, device=config.device)
     for name in needed:
-        Cell(config, name, 0, out).model(backbone, data)  # refuses sites, ranks and priors that do not fit
+        cell = Cell(config, name, 0, out)
+        if keep_going:
+            cell.model(backbone, data)  # refuses sites, ranks and priors that do not fit
+        else:
+            cell.check(backbone, data)
     _claim(out, config)
     return Prepared(backbone, JudgedOn(test, foreign, shifted))
 

@@ -152,7 +152,7 @@ def run_grid(grid: Grid, out: str | Path, *, progress: bool = True) -> dict[str,
     for folder, config in experiments.items():
         logger.info("experiment %s", folder)
         key = (config.model, config.dtype, config.device)
-        prepared = prepare(config, out / folder, backbone if key == loaded else None)
+        prepared = prepare(config, out / folder, backbone if key == loaded else None, keep_going=True)
         backbone, loaded = prepared.backbone, key
         try:
             reports[folder] = finish_cells(config, out / folder, prepared, progress=progress, keep_going=True)

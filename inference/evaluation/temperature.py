@@ -124,6 +124,11 @@ class TemperatureScaling:
         if self.draws < 1:
             raise ValueError(f"draws must be at least 1; got {self.draws!r}. 10 is usual.")
 
+    def check(self, model: BayesianModel, num_data: int, *, estimated: bool = False) -> None:
+        """See `SVI.check`: any model is fine, its posterior comes from elsewhere."""
+        if not estimated:
+            raise ValueError("TemperatureScaling scales a fitted posterior, and no estimate is named. Give it one.")
+
     def fit(
         self,
         model: BayesianModel,

@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 STRUCTURES = ("diag", "kron", "kron_lowrank", "full", "last_layer")
 PRECISIONS = ("declared", "evidence", "validation")
+# said before a fit and in it
+ONLINE_AND_ESTIMATE = "online acts during the MAP fit, and an estimate was passed. Pass none, or set online=0."
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class Laplace:
             ValueError: no site of that pattern, a prior that is not Normal, no validation data where they are needed,
                 an estimate of other sites, or a site that the structure cannot take.
         """
-        names = self._names(model)
+        names = self._check_model(model)
         adopted = estimate is not None and model.prior.adopt(estimate.model.prior)
         if not adopted:
             # those of whatever was fitted before mean nothing here
@@ -139,19 +141,8 @@ class Laplace:
                 "precision='validation' needs data to choose on: pass validation=task.validation to fit, or use "
                 "precision='evidence'."
             )
-        if self.online and (fixed := [name for name in names if name not in model.prior.scales]):
-            raise ValueError(
-                f"online={self.online} moves learned prior scales, and that of {fixed[0]!r} is fixed. Declare "
-                "learned(0.1) there, or use precision='evidence', which leaves the estimate as it is."
-            )
-        if self.online and (many := [name for name in names if model.prior.scales[name].dim()]):
-            raise ValueError(
-                f"online={self.online} finds one scale a site by the evidence, and {many[0]!r} has "
-                f"{model.prior.scales[many[0]].numel()}. Declare learned(0.1) without per= there, or fit with SVI."
-            )
         if self.online and estimate is not None:
-            raise ValueError("online acts during the MAP fit, and an estimate was passed. Pass none, or set online=0.")
-        self._check_sites(model, names)
+            raise ValueError(ONLINE_AND_ESTIMATE)
         structures = new_structures(model, names, self.structure, self.rank)
         _check_priors(structures, priors, self.structure)
         encoded = model.encode(data)
@@ -247,6 +238,31 @@ class Laplace:
             raise ValueError(
                 f"Laplace found no site matching {pattern!r} among {', '.join(model.adapter_sites)}.{remedy}"
             )
+        return names
+
+    def check(self, model: BayesianModel, num_data: int, *, estimated: bool = False) -> None:
+        """See `SVI.check`; without an estimate the MAP fit must fit as well."""
+        self._check_model(model)
+        if estimated and self.online:
+            raise ValueError(ONLINE_AND_ESTIMATE)
+        if not estimated:
+            self.estimate.check(model, num_data)
+
+    def _check_model(self, model: BayesianModel) -> tuple[str, ...]:
+        """The sites that become Normal, refused if their priors or shapes do not fit."""
+        names = self._names(model)
+        declared_prior(model, names)
+        if self.online and (fixed := [name for name in names if name not in model.prior.scales]):
+            raise ValueError(
+                f"online={self.online} moves learned prior scales, and that of {fixed[0]!r} is fixed. Declare "
+                "learned(0.1) there, or use precision='evidence', which leaves the estimate as it is."
+            )
+        if self.online and (many := [name for name in names if model.prior.scales[name].dim()]):
+            raise ValueError(
+                f"online={self.online} finds one scale a site by the evidence, and {many[0]!r} has "
+                f"{model.prior.scales[many[0]].numel()}. Declare learned(0.1) without per= there, or fit with SVI."
+            )
+        self._check_sites(model, names)
         return names
 
     def _check_sites(self, model: BayesianModel, names: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyrolora.guides import Point, build_guide
 from pyrolora.guides.base import Family, Guide, GuideSpecification, by_pattern
-from pyrolora.guides.block_covariance import MOST_ENTRIES, BlockCovariance
+from pyrolora.guides.block_covariance import MOST_ENTRIES, BlockCovariance, BlockCovarianceFactor
 from pyrolora.guides.class_contrasts import ClassContrasts
 from pyrolora.guides.low_rank_precision import LowRankPrecision
 from pyrolora.inference.features import FeatureCache
@@ -189,6 +189,28 @@ class VBLL(SVI):
                 self._check_contrasts(LastLayerHead(model))
         matched = {site.name for pattern in specification for site in model.sites.matching(pattern)}
         return {**specification, **{name: Point() for name in model.sites if name not in matched}}
+
+    def check_guide(self, model: BayesianModel, guide: Guide, num_data: int) -> None:
+        """See `SVI.check_guide`: natural gradients need a dense covariance of each row."""
+        factor = LastLayerHead(model).factor(guide)
+        if self.head_step == "natural" and not isinstance(factor, BlockCovarianceFactor):
+            family = type(factor.family).__name__
+            raise ValueError(
+                f"head_step='natural' moves dense precisions, and the guide of head.weight is a {family}. Use "
+                "guide=BlockCovariance() or ClassContrasts(), or head_step='adam'."
+            )
+
+    def integrates_out(self, site: str) -> bool:
+        """See `SVI.integrates_out`: the head, which so needs no draw for every example."""
+        return site == HEAD
+
+    def check(self, model: BayesianModel, num_data: int, *, estimated: bool = False) -> None:
+        """See `SVI.check`."""
+        LastLayerHead(model).normal_prior()
+        if estimated:
+            build_guide(self.guide_for(model, num_data), model, generator=torch.Generator().manual_seed(self.seed))
+        else:
+            super().check(model, num_data)
 
     def _check_contrasts(self, head: LastLayerHead) -> None:
         """Refuse `ClassContrasts` where a shift of all classes counts.

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pyrolora.guides.block_covariance import BlockCovarianceFactor
 from pyrolora.inference.last_layer import HeadData, LastLayerHead
 from pyrolora.inference.training import TrainingRun
 from pyrolora.inference.vbll.likelihood import CollapsedProgram
@@ -54,12 +53,6 @@ class LastLayerRun(TrainingRun):
         super().__init__(engine, model, data, generator=generator, start=start)
         self.objective = Objective(engine.objective, engine.objective_draws)
         self.program = CollapsedProgram(self.head, self.guide, self.objective)
-        if engine.head_step == "natural" and not isinstance(self.head.factor(self.guide), BlockCovarianceFactor):
-            family = type(self.head.factor(self.guide).family).__name__
-            raise ValueError(
-                f"head_step='natural' moves dense precisions, and the guide of head.weight is a {family}. Use "
-                "guide=BlockCovariance() or ClassContrasts(), or head_step='adam'."
-            )
         self.head_parameters: list[nn.Parameter] = list(self.head.factor(self.guide).parameters())
         if self.step == 0 and engine.warm_start:
             self._warm_up()
@@ -68,10 +61,6 @@ class LastLayerRun(TrainingRun):
         # weights of the head are as large as its prior allows, which depends on the length of the features
         rate = self.engine.head_learning_rate * float(self.head.normal_prior()[1].mean())
         return {**super()._rates(), f"{HEAD}/loc": rate}
-
-    def _is_noisy(self, name: str) -> bool:
-        # the head is integrated out: it needs no draw for every example
-        return name != HEAD and super()._is_noisy(name)
 
     @torch.no_grad()
     def _warm_up(self) -> None:

@@ -5,9 +5,11 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 from matplotlib.figure import Figure
 
+from pyrolora.inference.evaluation.cell import Cell
 from pyrolora.inference.evaluation.experiment import (
     ExperimentConfig,
     _foreign,
@@ -23,6 +25,7 @@ from pyrolora.inference.map import MAP
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.svi import SVI
 from pyrolora.inference.training import TrainingRun
+from pyrolora.models.loading import load_backbone
 
 METHODS = ("mle", "map", "blob", "laplace")
 SHORT = {"steps": 4, "batch_size": 8, "learning_rate": 0.02}
@@ -249,6 +252,24 @@ def test_last_layer_laplace_needs_no_estimate(config, tmp_path, monkeypatch):
         ({"settings": {"laplace": {"estimate": "laplace"}}}, "round in a circle: laplace <- laplace"),
         ({"settings": {"blob": {"prior": {"*.lora_C": "Flat()"}}}}, r"'\*.lora_C' matches no site"),
         ({"adapter": "LoRA(rank=99)"}, "Rank 99 exceeds"),
+        ({"adapter": "S2FT()"}, r"The method 'blob' does not go .* BLoB makes sites that match '\*lora_A'"),
+        (
+            {"adapter": "S2FT()", "methods": ("map", "low_rank")},
+            r"The method 'low_rank' does not go .* matches no site",
+        ),
+        ({"adapter": "MixtureLoRA(rank=4)"}, "The method 'zero-shot' does not go .* batch entry 'sequence'"),
+        ({"settings": {"blob": {"guide": {"*.lora_A": "BLoB()"}}}}, "The method 'blob' does not go .*lora_B"),
+        (
+            {"settings": {"blob": {"width": "natural", "guide": "Point()"}}},
+            "The method 'blob' .* every site is a point",
+        ),
+        ({"settings": {"blob": {"estimate": "map"}}}, "The method 'blob' .* SVI starts from no estimate"),
+        ({"settings": {"laplace": {"online": 2}}}, "The method 'laplace' .* online=2 moves learned prior scales"),
+        ({"schedule": "BlockSchedule(active=9)"}, "The method 'mle' .* 9 blocks are to be active, and the model has 2"),
+        (
+            {"methods": ("map", "blob_release"), "settings": {"blob_release": {"batch_size": 99}}},
+            "24 examples do not fill one batch of 99",
+        ),
         ({"ood": ("crowd_tweet",)}, "Did you mean 'crowd_tweets'"),
         ({"train_size": 10_000}, "10000"),
     ],
@@ -258,6 +279,38 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(config, tmp_pat
         compare(config(**changes), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
     assert not fits
+
+
+@pytest.mark.parametrize("engine", ["SVI", "VBLL", "NUTS"])
+def test_an_estimate_or_last_layer_that_is_missing_is_refused_first(config, tmp_path, engine, fits):
+    settings = {"mine": {"engine": engine, "prior": "Normal(0, 1)", "adapters": []}}
+    settings["mine"] |= {"guide": "BLoB(sites='head.weight')"} if engine == "SVI" else {}
+    with pytest.raises(ValueError, match=r"The method 'mine' does not go .*head\.weight"):
+        compare(config(methods=("map", "mine"), settings=settings), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+    assert not fits
+
+
+def test_a_fit_is_refused_before_anything_is_written(config, tmp_path, fits):
+    with pytest.raises(ValueError, match="The method 'blob' does not go"):
+        fit_one(config(adapter="S2FT()"), "blob", 0, tmp_path / "blob", progress=False)
+    # its estimate is found wanting before it is fitted
+    changed = config(settings={"laplace": {"online": 2}})
+    with pytest.raises(ValueError, match="The method 'laplace' does not go"):
+        fit_one(changed, "laplace", 0, tmp_path / "laplace", progress=False)
+    assert not any(tmp_path.iterdir())
+    assert not fits
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS_BY_NAME.items() if method.engine != "MetaTuning"])
+def test_what_fits_passes_the_check_with_no_step_taken(config, tmp_path, name, monkeypatch):
+    monkeypatch.setattr(TrainingRun, "__init__", lambda *args, **kwargs: pytest.fail("a fit was begun"))
+    short = config(methods=(name,), settings={name: {}})
+    backbone = load_backbone(short.model, dtype="float32")
+    before = torch.get_rng_state()
+    Cell(short, name, 0, tmp_path / "cell").check(backbone, _task(short))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(tmp_path.iterdir())
 
 
 def test_foreign_items_lie_beside_the_task_s_own_and_are_never_its_own(config, tmp_path):

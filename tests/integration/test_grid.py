@@ -182,6 +182,14 @@ def test_a_cell_that_fails_does_not_keep_the_others(values, tmp_path, monkeypatc
     assert {method for method, _ in figures(tmp_path / FOLDER)} == {"zero-shot", "mle", "blob"}
 
 
+def test_a_guide_that_does_not_fit_an_adapter_fails_with_its_cell(values, tmp_path):
+    values = {**values, "adapters": ["S2FT()", "LoRA(rank=2)"], "methods": ["blob", "mle"], "seeds": 1}
+    with pytest.raises(UnfinishedCellsError, match=r"S2FT: 1 of 3 cells failed .* blob, seed 0: BLoB makes sites"):
+        run_grid(Grid.from_dict(values), tmp_path, progress=False)
+    assert {method for method, _ in figures(tmp_path / "uci_sentiment" / "S2FT")} == {"zero-shot", "mle"}
+    assert {method for method, _ in figures(tmp_path / "uci_sentiment" / "LoRA-rank-2")} == {"zero-shot", "blob", "mle"}
+
+
 class TestMethods:
     def test_variants_and_crossings_are_methods_of_their_own(self, values):
         settings = {"cold": {"like": "blob", "kl_weight": 0.001}, "blob": SHORT}
