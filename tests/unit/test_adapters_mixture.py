@@ -467,7 +467,7 @@ class TestBesideALastLayer:
         assert not any(site.linear for site in model.adapter_sites.values())
 
     @pytest.mark.parametrize("gate", ["dirichlet", "concrete", "categorical"])
-    @pytest.mark.parametrize("engine", [VBLL(steps=1), NUTS(draws=2, warmup=1, chains=1)], ids=["VBLL", "NUTS"])
+    @pytest.mark.parametrize("engine", [VBLL(steps=1), NUTS(draws=4, warmup=1, chains=1)], ids=["VBLL", "NUTS"])
     def test_last_layer_engines_refuse_it(self, headed, gate, engine):
         model = headed(gate=gate)
         data, message = (
