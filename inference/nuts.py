@@ -110,9 +110,7 @@ class NUTS:
         head.normal_prior()
         encoded = model.encode(data).require_trainable()
         seed = self.seed if generator is None else int(torch.randint(2**31, (), generator=generator))
-        if estimate is None or not model.prior.adopt(estimate.model.prior):
-            model.prior.reset_scales()
-            model.calibrate_prior(encoded)
+        model.place_scales(encoded, None if estimate is None else estimate.model)
         known = model.initial(torch.Generator().manual_seed(seed)) if estimate is None else estimate.mean()
         start = {name: known[name] for name in model.sites if name in known and name != HEAD}
         cache = FeatureCache(self.feature_folder, self.batch_size)

@@ -71,8 +71,7 @@ class TrainingRun:
         self.data_digest = data_digest(self.data)
         self.seed = engine.seed if generator is None else int(torch.randint(2**31, (), generator=generator))
         # a fit before this one may have moved the learned scales, from which guides start
-        model.prior.reset_scales()
-        model.calibrate_prior(self.data)
+        model.place_scales(self.data)
         parts = assemble(engine, model, len(self.data), seed=self.seed, start=start)
         self.guide, self.widths, self.noisy_sites = parts.guide, parts.widths, parts.noisy_sites
         manifold_step = RiemannianStep((), engine.manifold_step, engine.retraction, engine.landing_penalty)

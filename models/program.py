@@ -432,6 +432,17 @@ class BayesianModel:
             self._mean_square = total / rows
         self.prior.calibrate(self._mean_square)
 
+    def place_scales(self, data: EncodedSplit, estimate: "BayesianModel | None" = None) -> None:
+        """Put learned prior scales where a fit begins: ``model.place_scales(encoded, estimate=posterior.model)``.
+
+        Args:
+            data: what scales in units of a logit are converted with.
+            estimate: a model whose scales are taken if its prior is declared alike; else they start as declared.
+        """
+        if estimate is None or not self.prior.adopt(estimate.prior):
+            self.prior.reset_scales()
+            self.calibrate_prior(data)
+
     def encode(self, data: Split | EncodedSplit) -> EncodedSplit:
         """Tokenise a split with this model's prompt; an encoded split passes through.
 

@@ -207,8 +207,7 @@ def calibrate_engine(
     def simulate(generator: torch.Generator) -> tuple[Tensor, EncodedSplit]:
         seed = int(torch.randint(2**62, (), generator=generator))
         # the last fit has moved learned scales, and the truth is to come from the declared ones
-        model.prior.reset_scales()
-        model.calibrate_prior(given)
+        model.place_scales(given)
         with seeded(seed, model.backbone.device), torch.no_grad():
             traced = poutine.trace(model.sample_sites).get_trace()
             nodes: Any = traced.nodes

@@ -235,9 +235,7 @@ class VBLL(SVI):
     ) -> LastLayerPosterior:
         LastLayerHead(model).normal_prior()
         encoded = model.encode(data).require_trainable()
-        if not model.prior.adopt(estimate.model.prior):
-            model.prior.reset_scales()
-            model.calibrate_prior(encoded)
+        model.place_scales(encoded, estimate.model)
         mean = estimate.mean()
         start = {name: mean[name] for name in model.sites if name in mean}
         for name, site in model.sites.items():
