@@ -18,7 +18,7 @@ from pyrolora.guides.vbll import LogitMoments
 from pyrolora.inference.features import FeatureCache
 from pyrolora.inference.last_layer import HeadData, LastLayerHead
 from pyrolora.inference.posterior import Posterior
-from pyrolora.inference.vbll.natural import GaussianRows, Whitened, optimum
+from pyrolora.inference.vbll.natural import GaussianRows, Whitened, optimum, rows_at_prior
 from pyrolora.inference.vbll.objectives import Objective
 from pyrolora.models.adapters.last_layer import HEAD
 from pyrolora.models.program import BayesianModel
@@ -141,7 +141,7 @@ class NUTS:
 
     def _sample(self, head: LastLayerHead, data: HeadData, white: Whitened, progress: bool) -> tuple[Tensor, int]:
         """Whitened rows of every chain, ``(chains, draws, rows, span)``, and the number of divergences."""
-        rows, _ = optimum(data, white, head.complete, Objective("tilted"))
+        rows, _ = optimum(data, white, head.complete, Objective("tilted"), start=rows_at_prior(head, white))
         target = _Target(head, data, white, rows)
         kept, divergences = [], 0
         for _ in tqdm(range(self.chains), desc="chains", disable=not progress, leave=False):

@@ -2,14 +2,14 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from pyrolora.guides.vbll import LogitMoments
-from pyrolora.inference.last_layer import HeadData
+from pyrolora.inference.last_layer import HeadData, LastLayerHead
 from pyrolora.models.randomness import seeded
 
 logger = logging.getLogger(__name__)
@@ -130,11 +130,11 @@ class GaussianRows:
     mean: Tensor
     curvature: Tensor
 
-    @staticmethod
-    def at_prior(white: Whitened) -> "GaussianRows":
+    @classmethod
+    def at_prior(cls, white: Whitened) -> Self:
         """What is known before the data."""
         zero, rows = white.inputs.new_zeros, white.loc.shape[0]
-        return GaussianRows(zero(rows, white.inputs.shape[-1]), zero(len(white.inputs), rows))
+        return cls(zero(rows, white.inputs.shape[-1]), zero(len(white.inputs), rows))
 
     def roots(self, inputs: Tensor) -> Tensor:
         """Lower Cholesky factors of the precisions, ``(rows, span, span)``."""
@@ -146,12 +146,32 @@ class GaussianRows:
         """See `Rows.divergence`."""
         return standard_divergence(self.mean, roots)
 
-    def moved(self, inputs: Tensor, slope: Tensor, curvature: Tensor, length: float) -> "GaussianRows":
+    def moved(self, inputs: Tensor, slope: Tensor, curvature: Tensor, length: float) -> Self:
         """See `Rows.moved`: the weights towards the curvature, the mean preconditioned by the new precision."""
-        moved = GaussianRows(self.mean, (1 - length) * self.curvature + length * curvature)
+        moved = type(self)(self.mean, (1 - length) * self.curvature + length * curvature)
         pull = (slope.mT @ inputs - self.mean)[..., None]
         change = torch.cholesky_solve(pull, moved.roots(inputs))[..., 0]
-        return GaussianRows(self.mean + length * change, moved.curvature)
+        return type(self)(self.mean + length * change, moved.curvature)
+
+
+@dataclass(frozen=True)
+class ClassRows(GaussianRows):
+    """Rows that are all the classes of a softmax: a shift of all of them changes the KL alone, so their means add up to zero.
+
+    A step preconditions each row by its own precision and leaves a shift behind, which only the prior pulls back: hundreds of
+    steps where the data weigh more than it. The shift's own optimum is known, so it is taken at once.
+    """
+
+    def moved(self, inputs: Tensor, slope: Tensor, curvature: Tensor, length: float) -> Self:
+        """See `Rows.moved`."""
+        moved = super().moved(inputs, slope, curvature, length)
+        return replace(moved, mean=moved.mean - moved.mean.mean(0))
+
+
+def rows_at_prior(head: LastLayerHead, white: Whitened) -> GaussianRows:
+    """Independent rows as in the prior, of the kind that fits a head: with or without a shift of all classes."""
+    kind = GaussianRows if head.layer.identified else ClassRows
+    return kind.at_prior(white)
 
 
 @dataclass(frozen=True)
@@ -206,7 +226,7 @@ def optimum(
     complete: Complete,
     objective: Likelihood,
     *,
-    steps: int = 60,
+    steps: int = 200,
     tolerance: float = 1e-10,
     polish_steps: int = 1000,
     start: Rows | None = None,
@@ -227,9 +247,9 @@ def optimum(
         objective: what to maximise; ``"mc"`` with common random numbers.
         steps: natural-gradient steps at most.
         tolerance: relative decrease of the loss at which to stop.
-        polish_steps: L-BFGS steps at most, where `GaussianRows` have not converged: Jensen's bound has a direction, the shift
-            of all classes, along which natural gradients crawl.
-        start: where to start, and of which kind; independent rows as in the prior by default.
+        polish_steps: L-BFGS steps at most, where `GaussianRows` have not converged, as under Böhning's bound with a wide
+            prior.
+        start: where to start, and of which kind, see `rows_at_prior`; `GaussianRows` as in the prior by default.
 
     Returns:
         The optimum and its loss in nats.
@@ -289,7 +309,7 @@ def _polish(
 
     with torch.enable_grad():
         optimiser.step(closure)
-    polished = GaussianRows(mean.detach(), log_curvature.detach().exp())
+    polished = replace(state.rows, mean=mean.detach(), curvature=log_curvature.detach().exp())
     found = _evaluate(data, white, complete, objective, polished)
     return found if found.loss < state.loss else state
 

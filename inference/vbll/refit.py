@@ -17,7 +17,7 @@ from pyrolora.guides.low_rank_precision import LowRankPrecisionFactor
 from pyrolora.guides.vbll import LogitMoments, logit_moments
 from pyrolora.inference.last_layer import HeadData, LastLayerHead
 from pyrolora.inference.vbll.contrasts import ContrastRows
-from pyrolora.inference.vbll.natural import COMMON, GaussianRows, Rows, Whitened, optimum
+from pyrolora.inference.vbll.natural import COMMON, GaussianRows, Rows, Whitened, optimum, rows_at_prior
 from pyrolora.inference.vbll.objectives import Objective
 from pyrolora.models.adapters.last_layer import HEAD
 from pyrolora.models.randomness import seeded
@@ -75,7 +75,7 @@ def _fit_once(head: LastLayerHead, factor: Factor, data: HeadData, objective: Ob
         start = ContrastRows.at_prior(white)
         rows, loss = optimum(data, white, head.complete, objective, steps=CONTRAST_STEPS, start=start)
     else:
-        rows, loss = optimum(data, white, head.complete, objective)
+        rows, loss = optimum(data, white, head.complete, objective, start=rows_at_prior(head, white))
     if not place(factor, white, rows):
         loss = polish(head, factor, data, objective)
     return loss
