@@ -14,6 +14,7 @@ from pyrolora.models.adapters.base import Adapter, grouped_linear, site_linear
 from pyrolora.models.adapters.lora import weight_norms
 from pyrolora.models.adapters.targets import find_projections
 from pyrolora.models.backbones import Backbone, Delta
+from pyrolora.models.local import LocalWeight
 from pyrolora.models.sites import Site
 
 if TYPE_CHECKING:
@@ -32,8 +33,9 @@ class FullRank(Adapter):
         BayesianModel(backbone, task, adapter=[FullRank(embeddings=True), LastLayer()], prior=Relative(0.1))
 
     Full fine-tuning as a Pyro program, and with `BlockSchedule` the layerwise training of LISA. The change is added to the
-    frozen projection's output, which costs a second product of the same size; in return the backbone stays untouched, shared
-    and restorable. Norms are not adapted.
+    frozen projection's output, which costs a second product of the same size, in the type of the backbone; in return the
+    backbone stays untouched, shared and restorable, and a change too small for the type of a weight is not lost beside it.
+    Norms are not adapted.
 
     ``embeddings=True`` adds the site ``embed_tokens.weight`` with dims ``(layer, token, feature)`` and one layer. Where input
     and output embedding are one matrix the label rows change with it, counted once.
@@ -126,12 +128,14 @@ class FullRank(Adapter):
 
 @dataclass(frozen=True)
 class _WeightDelta:
-    value: Tensor
+    value: Tensor | LocalWeight
     site: str
     entry: int
 
     def __call__(self, rows: Tensor) -> Tensor:
-        return site_linear(rows, self.value, self.site, self.entry).to(rows.dtype)
+        # a dense product costs what the frozen one does: in the backbone's own type, the master copy stays in float32
+        value = self.value if isinstance(self.value, LocalWeight) else self.value.to(rows.dtype)
+        return site_linear(rows, value, self.site, self.entry).to(rows.dtype)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pyrolora.inference.laplace import Laplace
 from pyrolora.inference.map import MAP
 from pyrolora.inference.posterior import Posterior
 from pyrolora.models.adapters import FullRank, LastLayer
+from pyrolora.models.adapters.base import LinearTape
 from pyrolora.models.backbones import Backbone
 from pyrolora.models.prior_declarations import Flat, Relative
 from pyrolora.models.program import BayesianModel
@@ -90,6 +91,26 @@ class TestChange:
 
 
 class TestFits:
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+    def test_the_product_is_taken_in_the_type_of_the_backbone_and_its_gradient_kept_in_that_of_the_site(
+        self, tied, dtype, tolerance
+    ):
+        model = tied(FullRank(targets=["q_proj"]), dtype=dtype)
+        # far below what W + V could hold in bfloat16
+        draw = {name: 1e-4 * value for name, value in random_draw(model).items()}
+        value = draw["q_proj.weight"].requires_grad_()
+        path = model.sites["q_proj.weight"].modules[1]
+        rows = torch.randn(2, 7, 32).to(dtype)
+        with LinearTape() as tape:
+            change = model.deltas(draw)[path](rows)
+        change.double().sum().backward()
+        expected = rows.double() @ value[1].detach().double().mT
+        assert tape.products["q_proj.weight"][1][1].dtype == dtype
+        assert (change.double() - expected).norm() < tolerance * expected.norm()
+        assert value.grad.dtype == torch.float32
+        wanted = rows.double().sum((0, 1)).expand(32, -1)
+        assert (value.grad[1].double() - wanted).norm() < tolerance * wanted.norm()
+
     def test_map_and_laplace_and_reloading(self, three_topics_model, tmp_path):
         model = three_topics_model(adapter=FullRank(targets=["v_proj", "down_proj"]), prior=Relative(0.1))
         estimate = MAP(steps=3).fit(model, model.task.train, progress=False)
