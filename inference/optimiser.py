@@ -62,7 +62,7 @@ class GuideAdam:
         own = [parameter for _, _, members in groups for parameter in members]
         # those that are left out come last: positions of the others count only them
         self.parameters: list[nn.Parameter] = [*own, *others]
-        self.adam = make([{"params": members, "lr": rate} for _, rate, members in groups], foreach=True)
+        self.adam = make([{"params": members, "lr": rate} for _, rate, members in groups], fused=True)
         self.peak_rates = [rate for _, rate, _ in groups]
         self._group_of = [number for number, (_, _, members) in enumerate(groups) for _ in members]
         self._roles = [role for role, _, members in groups for _ in members]
@@ -189,18 +189,15 @@ class GuideAdam:
             part = (int(position), int(entry[0]) if entry else None)
             device = self.parameters[part[0]].device
             if part in self._tensors:
-                self.adam.state[self._tensors[part]][key] = value if key == "step" else value.to(device)
+                self.adam.state[self._tensors[part]][key] = value.to(device)
             else:
-                keep_here = self.plan is not None and self.plan.schedule.state == "keep" and key != "step"
+                keep_here = self.plan is not None and self.plan.schedule.state == "keep"
                 self._resting.setdefault(part, {})[key] = value.to(device) if keep_here else value
 
 
 def _moved(states: Mapping[Part, dict[str, Tensor]], device: Any) -> dict[Part, dict[str, Tensor]]:
-    # Adam counts its steps in a tensor that stays on the CPU
-    return {
-        part: {key: value if key == "step" else value.to(device) for key, value in state.items()}
-        for part, state in states.items()
-    }
+    # a fused step wants all of its state where its parameters are, the count of steps included
+    return {part: {key: value.to(device) for key, value in state.items()} for part, state in states.items()}
 
 
 def _groups(

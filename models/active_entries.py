@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -45,9 +46,13 @@ def stack_entries(value: Tensor, site: str, event_dims: int = 3) -> Sequence[Ten
         site: name of the site.
         event_dims: dimensions of the site, of which the stack is the first.
     """
-    # one unbind: slicing entry by entry has a backward quadratic in their number
-    entries = value.unbind(-event_dims)
     active = None if (given := _ACTIVE.get()) is None else given.get(site)
     if active is None:
-        return entries
-    return [entry if index in active else entry.detach() for index, entry in enumerate(entries)]
+        # one unbind: slicing entry by entry has a backward quadratic in their number
+        return value.unbind(-event_dims)
+    # one selection: the backward of an unbind writes every entry, and most rest
+    entries, which = list(value.detach().unbind(-event_dims)), sorted(active)
+    chosen = value.index_select(-event_dims, torch.tensor(which, dtype=torch.long, device=value.device))
+    for index, entry in zip(which, chosen.unbind(-event_dims), strict=True):
+        entries[index] = entry
+    return entries
