@@ -30,6 +30,8 @@ from pyrolora.models.tasks import EncodedSplit, Split
 MODES = ("alternating", "joint")
 HEAD_STEPS = ("adam", "natural")
 REFITS = (*OBJECTIVES, "laplace", "none")
+# columns of the head's precision while the network is trained; all of them took most of a step, and gained nothing
+TRAINING_RANK = 64
 # bounds that depend on the variance of a shift of all logits
 SHIFTED = ("jensen", "bouchard", "tightest")
 
@@ -56,7 +58,7 @@ class VBLL(SVI):
     Args:
         guide: family of ``head.weight``, or ``{glob pattern: family}`` with points at sites left out; None takes
             `LowRankPrecision` or `BlockCovariance`, whichever holds the optimum for the size of the data, or
-            ``LowRankPrecision(64)`` where neither fits into memory.
+            ``LowRankPrecision(64)`` where neither fits into memory, and while the network is trained if a refit follows.
         objective: what training maximises: ``"jensen"``, ``"tilted"``, ``"bohning"``, ``"bouchard"``, ``"tightest"``,
             ``"gauss_hermite"`` (two classes) or ``"mc"``.
         refit: objective of the last fit of the head on cached features, ``"laplace"`` to keep its mean and take the
@@ -159,8 +161,11 @@ class VBLL(SVI):
         for _ in run.steps(progress=progress):
             pass
         fitted = run.posterior()
-        record = {**fitted.record, **self._refit(model, fitted.guide, run.data, progress)}
-        return LastLayerPosterior(model, fitted.guide, record)
+        guide = fitted.guide
+        if self._trains_low_rank(model, len(run.data)):
+            guide = build_guide(self._refitted_guide(model, len(run.data)), model, start=guide.mean())
+        record = {**fitted.record, **self._refit(model, guide, run.data, progress)}
+        return LastLayerPosterior(model, guide, record)
 
     def iterate(
         self,
@@ -174,7 +179,19 @@ class VBLL(SVI):
         return LastLayerRun(self, model, data, generator=generator, start=start)
 
     def guide_for(self, model: BayesianModel, num_data: int) -> GuideSpecification:
-        """The guide of a model with so many training examples; see the class."""
+        """The guide of training on so many examples; see the class."""
+        if self._trains_low_rank(model, num_data):
+            return self._with_points(model, {HEAD: LowRankPrecision(TRAINING_RANK)})
+        return self._refitted_guide(model, num_data)
+
+    def _trains_low_rank(self, model: BayesianModel, num_data: int) -> bool:
+        """Whether a guide of low rank stands in while the network is trained: the refit finds the rest of the covariance."""
+        if self.guide is not None or self.refit == "none" or self.head_step == "natural":
+            return False
+        return min(num_data, LastLayerHead(model).site.shape[1]) > TRAINING_RANK
+
+    def _refitted_guide(self, model: BayesianModel, num_data: int) -> GuideSpecification:
+        """The guide of the finished posterior."""
         if self.guide is None:
             specification: Mapping[str, Family] = {HEAD: family_for(LastLayerHead(model), num_data)}
         else:
@@ -187,6 +204,10 @@ class VBLL(SVI):
         for pattern, family in specification.items():
             if isinstance(family, ClassContrasts) and model.sites[HEAD].matches(pattern):
                 self._check_contrasts(LastLayerHead(model))
+        return self._with_points(model, specification)
+
+    def _with_points(self, model: BayesianModel, specification: Mapping[str, Family]) -> GuideSpecification:
+        """Points at the sites that a specification leaves out."""
         matched = {site.name for pattern in specification for site in model.sites.matching(pattern)}
         return {**specification, **{name: Point() for name in model.sites if name not in matched}}
 
@@ -208,7 +229,9 @@ class VBLL(SVI):
         """See `SVI.check`."""
         LastLayerHead(model).normal_prior()
         if estimated:
-            build_guide(self.guide_for(model, num_data), model, generator=torch.Generator().manual_seed(self.seed))
+            build_guide(
+                self._refitted_guide(model, num_data), model, generator=torch.Generator().manual_seed(self.seed)
+            )
         else:
             super().check(model, num_data)
 
@@ -244,7 +267,7 @@ class VBLL(SVI):
                     f"The estimate has no value for the site {name!r} of shape {tuple(site.shape)}; its sites are "
                     f"{', '.join(mean)}. Pass a posterior of a model with the same adapters."
                 )
-        guide = build_guide(self.guide_for(model, len(encoded)), model, start=start)
+        guide = build_guide(self._refitted_guide(model, len(encoded)), model, start=start)
         record = {
             **self.to_dict(),
             "num_data": len(encoded),
@@ -276,5 +299,5 @@ def family_for(head: LastLayerHead, num_data: int) -> Family:
     """The smallest family that holds the optimum of a factorised posterior, or a low-rank one where it would not fit."""
     rows, columns = head.site.shape
     if rows * columns * min(num_data, columns) > MOST_ENTRIES:
-        return LowRankPrecision(rank=64)
+        return LowRankPrecision(rank=TRAINING_RANK)
     return LowRankPrecision(rank=num_data) if num_data < columns else BlockCovariance()

@@ -246,6 +246,25 @@ class TestRefit:
         assert posterior.record["refit_loss"] > 0
         assert "linearised_mf1" in posterior.kinds
 
+    def test_the_default_trains_with_a_low_rank_and_its_refit_finds_the_whole_covariance(self, make, monkeypatch):
+        monkeypatch.setattr("pyrolora.inference.vbll.engine.TRAINING_RANK", 3)
+        model = make()
+        engine = VBLL(steps=4, learning_rate=1e-2)
+        run = engine.iterate(model, model.task.train)
+        trained = LastLayerHead(model).factor(run.guide)
+        assert trained.distribution().factor.shape[-1] == 3
+        whole = fit(model)
+        assert head_of(whole).distribution().factor.shape[-1] == len(model.task.train)
+        # the network is that of training with the low rank, the head what a fit on top of it finds
+        fixed = fit(model, guide=LowRankPrecision(3))
+        assert torch.equal(whole.mean()["q_proj.polar_theta"], fixed.mean()["q_proj.polar_theta"])
+        on_top = VBLL().fit(model, model.task.train, estimate=fixed, progress=False)
+        for name, value in head_of(on_top).state_dict().items():
+            assert torch.equal(head_of(whole).state_dict()[name], value)
+        assert whole.record["refit_loss"] < fixed.record["refit_loss"]
+        # where nothing follows, or nothing of low rank can follow, the guide is whole from the start
+        assert head_of(fit(model, refit="none")).distribution().factor.shape[-1] == len(model.task.train)
+
     def test_class_contrasts_are_trained_refitted_and_refused_where_a_shift_counts(self, make):
         posterior = fit(make(), guide=ClassContrasts(), objective="tilted", refit="mc")
         assert posterior.record["refit_loss"] > 0
