@@ -41,7 +41,7 @@ class GuideAdam:
         plan: the blocks of each interval, or None to train everything.
         manifold_step: how parameters in the role ``"manifold"`` move; which ones they are is filled in here.
         left_out: ``"<site>/<role>"`` of parameters that others move; they are among `parameters` and not of the optimiser.
-        make: makes another torch optimiser in Adam's place, from groups of parameters.
+        make: makes another torch optimiser with a fused step in Adam's place, from groups of parameters.
 
     Raises:
         ValueError: a site of the schedule whose posterior is not a stack of independent blocks.
