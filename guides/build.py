@@ -53,7 +53,9 @@ def build_guide(
     factors = {}
     for name, family in families.items():
         node = nodes[name]
-        factors[name] = family.factor(model.sites[name], node["value"].detach(), node["fn"])
+        # fused optimisers read memory as it lies, and what a file gives back lies in order
+        value = node["value"].detach().contiguous()
+        factors[name] = family.factor(model.sites[name], value, node["fn"])
         factors[name].family = family
     return Guide(factors)
 

@@ -127,8 +127,10 @@ class LogitGradients:
             gradients = torch.autograd.grad(logits, [output for _, output in taped], column, retain_graph=not last)
             found: Products = {name: [] for name in self.names}
             for (name, _), rows, gradient in zip(places, inputs, gradients, strict=True):
-                # a head sees one position a row
-                found[name].append(Product(rows, gradient, tokens if rows.shape[1] > 1 else rows.shape[0]))
+                # a product in half precision has such a gradient; a head sees one position a row
+                found[name].append(
+                    Product(rows, gradient.to(rows.dtype), tokens if rows.shape[1] > 1 else rows.shape[0])
+                )
             yield found
         self.model.release()
 

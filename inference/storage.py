@@ -1,6 +1,7 @@
 """Posteriors on disk: a PEFT adapter of the mean, the full guide in safetensors, settings in JSON."""
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from pyrolora.models.tasks import task
 
 if TYPE_CHECKING:
     from pyrolora.inference.posterior import Posterior
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 CONFIG, WEIGHTS = "posterior_config.json", "posterior.safetensors"
@@ -94,6 +97,8 @@ def _tensors(posterior: "Posterior") -> dict[str, Tensor]:
 def _write_peft(posterior: "Posterior", folder: Path) -> None:
     model = posterior.model
     if len(model.adapters) != 1:
+        names = " and ".join(type(adapter).__name__ for adapter in model.adapters)
+        logger.info("PEFT has no format for %s together: the folder holds the posterior alone.", names)
         return
     sites = tuple(model.adapter_sites.values())
     exported = model.adapters[0].to_peft(model.backbone, sites, posterior.mean(), model.constants)

@@ -121,6 +121,7 @@ class TrainingRun:
             "adapters": [adapter.to_dict() for adapter in self.model.adapters],
             "constants": tensor_digest(self.model.constants),
             "prior": self.model.prior.to_dict(),
+            "site_families": {name: factor.family.to_dict() for name, factor in self.guide.items()},
             "backbone": self.model.backbone.fingerprint,
             "dtype": str(self.model.backbone.dtype),
             "data": self.data_digest,

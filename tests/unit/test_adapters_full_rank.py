@@ -2,13 +2,16 @@
 
 import copy
 
+import pyro.distributions as dist
 import pytest
 import torch
 from torch.func import functional_call
 
+from pyrolora.guides import MeanField
 from pyrolora.inference.laplace import Laplace
 from pyrolora.inference.map import MAP
 from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.svi import SVI
 from pyrolora.models.adapters import FullRank, LastLayer
 from pyrolora.models.adapters.base import LinearTape
 from pyrolora.models.backbones import Backbone
@@ -118,6 +121,22 @@ class TestFits:
         again = Posterior.from_pretrained(posterior.save_pretrained(tmp_path / "x"), model=model)
         assert torch.equal(again.mean()["v_proj.weight"], posterior.mean()["v_proj.weight"])
         assert not (tmp_path / "x" / "adapter_config.json").exists()
+
+    def test_curvature_and_linearised_predictions_of_a_network_in_bfloat16(self, three_topics_model):
+        """The products' gradients come in bfloat16; those of float32 are the oracle, to the backbone's own rounding."""
+        adapter, prior, found = FullRank(targets=["v_proj"]), dist.Normal(0.0, 0.05), {}
+        for dtype in (torch.float32, torch.bfloat16):
+            model = three_topics_model(dtype, adapter=adapter, prior=prior)
+            estimate = MAP(steps=2).fit(model, model.task.train, progress=False)
+            for structure in ("kron", "diag"):
+                posterior = Laplace(structure=structure).fit(model, model.task.train, estimate=estimate, progress=False)
+                found[structure, dtype] = posterior.predict(model.task.test, kind="linearised_mf1").mean_probs
+            mean_field = SVI(guide=MeanField(), steps=2).fit(model, model.task.train, progress=False)
+            for kind in ("linearised", "linearised_mf1", "linearised_probit"):
+                probs = mean_field.predict(model.task.test, kind=kind, generator=torch.Generator().manual_seed(0))
+                found[kind, dtype] = probs.mean_probs
+        for name in {name for name, _ in found}:
+            assert (found[name, torch.float32] - found[name, torch.bfloat16]).abs().max() < 0.02
 
     def test_a_tied_embedding_has_no_linear_curvature_and_says_so(self, tied):
         model = tied(FullRank(embeddings=True, targets=["q_proj"]))

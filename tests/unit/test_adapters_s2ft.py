@@ -331,6 +331,7 @@ class TestServing:
         assert all(torch.equal(value, after[name]) for name, value in before.items())
         with pytest.raises(RuntimeError, match="stop here"), merged(model, draw):
             raise RuntimeError("stop here")
+        assert not any(weight.requires_grad for weight in model.backbone.network.parameters())
         after = model.backbone.network.state_dict()
         assert all(torch.equal(value, after[name]) for name, value in before.items())
 

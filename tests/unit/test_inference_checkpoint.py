@@ -9,7 +9,7 @@ from pyrolora.inference import checkpoint
 from pyrolora.inference.map import MAP
 from pyrolora.inference.svi import SVI
 from pyrolora.inference.training import TrainingRun
-from pyrolora.models.adapters import LoRA
+from pyrolora.models.adapters import LoRA, PoLAR
 from pyrolora.models.prior_declarations import learned
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import Example, Split
@@ -98,6 +98,31 @@ def test_an_interrupted_fit_ends_bit_for_bit_where_an_uninterrupted_one_does(
     found = everything(model, resumed)
     assert found.keys() == expected.keys()
     assert [key for key in found if not torch.equal(found[key], expected[key])] == []
+
+
+def in_column_order(value):
+    """The same numbers, laid out column by column: what a QR decomposition or a transposition gives."""
+    return value.mT.contiguous().mT
+
+
+@pytest.mark.parametrize("adapter", [LoRA(rank=2), PoLAR(rank=2)], ids=["LoRA", "PoLAR"])
+def test_the_memory_order_of_a_start_changes_nothing_resumed_or_not(three_topics_model, tmp_path, adapter):
+    model = three_topics_model(torch.float32, adapter=adapter)
+    initial = model.initial(torch.Generator().manual_seed(3))
+    start = {name: in_column_order(value) for name, value in initial.items()}
+    assert not any(value.is_contiguous() for value in start.values())
+    step = "landing" if isinstance(adapter, PoLAR) else "retraction"
+    engine = SVI(
+        guide=MeanField() if step == "retraction" else Point(), steps=12, learning_rate=1e-2, manifold_step=step
+    )
+    expected = engine.fit(model, model.task.train, progress=False, start=initial).mean()
+    kept = with_folder(engine, tmp_path, checkpoint_every=1)
+    stream = TrainingRun(kept, model, model.task.train, start=start).steps()
+    for _ in range(5):
+        next(stream)
+    stream.close()
+    found = kept.fit(model, model.task.train, progress=False, start=start).mean()
+    assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
 
 
 @pytest.fixture
