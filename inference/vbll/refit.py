@@ -31,9 +31,7 @@ LBFGS_STEPS = 300
 CONTRAST_STEPS = 300
 
 
-def fit_head(
-    head: LastLayerHead, factor: Factor, data: HeadData, objective: Objective, polish_steps: int = LBFGS_STEPS
-) -> float:
+def fit_head(head: LastLayerHead, factor: Factor, data: HeadData, objective: Objective) -> float:
     """Put a factor of ``head.weight`` at the optimum of an objective, and a learned prior scale at its own.
 
     `BlockCovariance`, and `LowRankPrecision` with a rank of at least the data's span, hold the optimum of every factorised
@@ -45,7 +43,6 @@ def fit_head(
         factor: its posterior; changed in place.
         data: the training set.
         objective: what to maximise.
-        polish_steps: L-BFGS steps at most of a family that cannot hold the optimum; 0 leaves it as near as it was placed.
 
     Returns:
         Negative ELBO (or its bound) in nats.
@@ -61,7 +58,7 @@ def fit_head(
             "of learned(...) there, or fit the last layer with SVI."
         )
     for _ in range(SCALE_ROUNDS):
-        loss = _fit_once(head, factor, data, objective, polish_steps)
+        loss = _fit_once(head, factor, data, objective)
         if HEAD not in prior.learned_sites:
             break
         scale = prior.scales[HEAD]
@@ -72,15 +69,15 @@ def fit_head(
     return loss
 
 
-def _fit_once(head: LastLayerHead, factor: Factor, data: HeadData, objective: Objective, polish_steps: int) -> float:
+def _fit_once(head: LastLayerHead, factor: Factor, data: HeadData, objective: Objective) -> float:
     white = Whitened.of(data, *head.normal_prior())
     if isinstance(factor, ClassContrastsFactor):
         start = ContrastRows.at_prior(white)
         rows, loss = optimum(data, white, head.complete, objective, steps=CONTRAST_STEPS, start=start)
     else:
         rows, loss = optimum(data, white, head.complete, objective, start=rows_at_prior(head, white))
-    if not place(factor, white, rows) and polish_steps:
-        loss = polish(head, factor, data, objective, polish_steps)
+    if not place(factor, white, rows):
+        loss = polish(head, factor, data, objective)
     return loss
 
 

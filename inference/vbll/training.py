@@ -74,8 +74,7 @@ class LastLayerRun(TrainingRun):
         self.model.release()
         features, labels = (torch.cat(values) for values in zip(*parts, strict=True))
         data = HeadData.of(self.head, features, labels, len(self.data) / rows / self.engine.kl_weight)
-        # training goes on from here, so the nearest that the family can hold will do
-        fit_head(self.head, self.head.factor(self.guide), data, self.objective, polish_steps=0)
+        fit_head(self.head, self.head.factor(self.guide), data, self.objective)
         # a learned scale moves in training, from where it was declared
         self.model.prior.reset_scales()
 
