@@ -178,7 +178,7 @@ class TestFactors:
         with pytest.raises(ValueError, match="must be positive and finite"):
             damped_inverse(torch.zeros(4, 4), 0.01)
 
-    def test_on_held_out_inputs_it_loses_less_than_the_plain_decomposition(self):
+    def test_on_held_out_inputs_it_loses_less_than_the_plain_decomposition_and_more_than_the_root(self):
         # activations that live in a few directions, weights that do not know it
         generator = torch.Generator().manual_seed(1)
         basis = torch.linalg.qr(torch.randn(40, 40, generator=generator, dtype=torch.float64))[0]
@@ -194,6 +194,10 @@ class TestFactors:
             return float(torch.linalg.matrix_norm(held_out @ (weight - 2.0 * product).T))
 
         assert lost(b @ a) < 0.5 * lost(y @ x)
+        # of one weight the root of the moment is the optimum for the outputs, so it loses no more than the moment itself
+        values, vectors = torch.linalg.eigh(train.mT @ train / 500)
+        c, d = factors(weight, vectors * values.clamp_min(0).sqrt() @ vectors.mT, rank=12, leading=True)
+        assert lost(d @ c) < lost(b @ a)
 
 
 class TestAgainstPEFT:

@@ -300,6 +300,25 @@ class TestPrior:
         # rate below 1e-6; the second-order term adds ratio^2 relative
         assert float((total / norm).sqrt()) == pytest.approx(ratio, rel=0.025)
 
+    @pytest.mark.parametrize("tau", [0.01, 0.3])
+    def test_a_change_under_an_isotropic_prior_is_as_large_as_its_closed_form(self, backbone, tau):
+        """``s^2 (tau^2 (n |B0|^2 + m |A0|^2) + tau^4 r m n)``; the wider prior is mostly its last term."""
+        adapter = PiSSA(rank=4, alpha=8.0, targets=["down_proj"])
+        sites = adapter.sites(backbone, None)
+        constants = adapter.constants(backbone, sites)
+        centres = adapter.centres(sites, constants)
+        a, b = (centres[f"down_proj.lora_{factor}"][2] for factor in "AB")
+        (rank, columns), rows = a.shape, b.shape[0]
+        linear = tau**2 * float(columns * b.square().sum() + rows * a.square().sum())
+        expected = 2.0**2 * (linear + tau**4 * rank * rows * columns)
+        draw = {s.name: tau * torch.randn(400, *s.shape, dtype=torch.float64) for s in sites}
+        delta = adapter.deltas(sites, {**constants, **draw})["model.layers.2.mlp.down_proj"]
+        eye = torch.eye(columns, dtype=torch.float64)[None].repeat(400, 1, 1)
+        sizes = delta(eye).square().sum((1, 2))
+        # six standard errors of 400 draws: a failure rate below 1e-8
+        assert abs(float(sizes.mean()) - expected) < 6 * float(sizes.std()) / 20
+        assert float(sizes.std()) / 20 < 0.01 * expected
+
     def test_scales_are_whitened_over_components(self, backbone):
         adapter = PiSSA(rank=4, alpha=8.0, targets=["q_proj"])
         sites = adapter.sites(backbone, None)

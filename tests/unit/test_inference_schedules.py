@@ -201,7 +201,7 @@ class TestAgainstTogglingWeights:
     def test_full_rank_with_kept_state_is_adam_on_weights_that_are_frozen_and_thawed(self, three_topics_model):
         """The published code: gradients on and off for whole layers of the network itself, embeddings always on."""
         model = three_topics_model(adapter=FullRank(), prior=Flat())
-        steps, every, rate = 12, 3, 1e-3
+        steps, every, rate = 60, 3, 1e-3
         schedule = BlockSchedule(active=1, every=every, state="keep", seed=4)
         engine = MAP(steps=steps, learning_rate=rate, warmup=0.0, schedule=schedule, batch_size=4)
         run = TrainingRun(engine, model, model.task.train)
