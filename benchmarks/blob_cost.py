@@ -7,13 +7,13 @@ Usage::
 
 The transcription keeps what decides the released code's cost: a perturbation with fresh signs for every token (Flipout) in
 q, v and the vocabulary head, logits over the vocabulary at every position, a KL in float64, two optimisers. It is float32, as
-the released code is without a GPU. Steps and predictions are taken in turn in one process; ratios of medians and their range
-over rounds are the result. Peak memory is of a process for each side: what it had resident on a CPU, what its tensors took on
-a GPU.
+the released code is without a GPU. Prompts are the released code's, and all sides get the same batches, drawn at random and
+padded as its loader does: what batches of similar length save is printed, and not counted. Steps and predictions are taken in
+turn in one process; ratios of medians and their range over rounds are the result. Peak memory is of a process for each side:
+what it had resident on a CPU, what its tensors took on a GPU.
 """
 
 import argparse
-import copy
 import json
 import math
 import statistics
@@ -28,17 +28,24 @@ import pyro.distributions as dist
 import torch
 from device_clock import seconds_of, synchronise
 from peft import LoraConfig, get_peft_model
-from prompts import multiple_choice
+from prompts import released_prompts
 from torch import Tensor, nn
 from torch.nn import functional
 
 import pyrolora as pl
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.training import TrainingRun
+from pyrolora.models.tasks import EncodedSplit, Task
 
 Batch = Mapping[str, Tensor]
 RANK, SCALE, PRIOR, DRAWS = 8, 2.0, 0.2, 10
+MAX_LENGTH = 300
 TOP_THIRD = tuple(range(20, 30))
+
+
+def label_ids(backbone: pl.Backbone, task: Task) -> Tensor:
+    """Tokens of the labels, where the network is."""
+    return torch.tensor(task.format.label_ids(backbone.tokenizer), device=backbone.device)
 
 
 class ReleasedLayer(nn.Module):
@@ -70,10 +77,10 @@ class ReleasedLayer(nn.Module):
 
 
 class Released:
-    """The released algorithm on a copy of the network."""
+    """The released algorithm."""
 
-    def __init__(self, backbone: pl.Backbone, label_ids: Tensor) -> None:
-        self.network, self.label_ids = copy.deepcopy(backbone.network), label_ids
+    def __init__(self, backbone: pl.Backbone, task: Task) -> None:
+        self.network, self.label_ids = backbone.network, label_ids(backbone, task)
         self.layers = []
         for block in self.network.model.layers:
             for name in ("q_proj", "v_proj"):
@@ -110,12 +117,12 @@ class Released:
 
 
 class PEFT:
-    """PEFT's LoRA on a copy of the network."""
+    """PEFT's LoRA."""
 
-    def __init__(self, backbone: pl.Backbone, label_ids: Tensor, keep: int) -> None:
-        network = copy.deepcopy(backbone.network)
-        self.network = get_peft_model(network, LoraConfig(r=RANK, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
-        self.label_ids, self.keep = label_ids, keep
+    def __init__(self, backbone: pl.Backbone, task: Task, keep: int) -> None:
+        config = LoraConfig(r=RANK, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+        self.network = get_peft_model(backbone.network, config)
+        self.label_ids, self.keep = label_ids(backbone, task), keep
         self.optimiser = torch.optim.AdamW([p for p in self.network.parameters() if p.requires_grad], lr=1e-4)
 
     def logits(self, batch: Batch) -> Tensor:
@@ -147,7 +154,7 @@ class Ours:
     def __init__(
         self,
         backbone: pl.Backbone,
-        task: Any,
+        task: Task,
         layers: tuple[int, ...] | None = None,
         draws: int = DRAWS,
         rank: int = RANK,
@@ -167,39 +174,44 @@ class Ours:
         return Posterior(self.model, self.run.guide, {}).predict(batch, kind="mc", draws=self.draws).mean_probs
 
 
-def contenders(data_dir: str | None, device: str, only: str | None = None) -> dict[str, Callable[[], Any]]:
-    """Name -> a function that makes it."""
-    task = multiple_choice(data_dir)
-    full = pl.load_backbone("smollm2-135m", dtype="float32", device=device)
-    ids = torch.tensor(task.format.label_ids(full.tokenizer), device=device)
+# name -> float type of the backbone, and from the backbone and the task to the side
+SIDES: dict[str, tuple[str, Callable[[pl.Backbone, Task], Any]]] = {
+    "released BLoB, float32": ("float32", lambda backbone, task: Released(backbone, task)),
+    "PEFT, full logits, float32": ("float32", lambda backbone, task: PEFT(backbone, task, 0)),
+    "PEFT, float32": ("float32", lambda backbone, task: PEFT(backbone, task, 1)),
+    "ours, float32": ("float32", lambda backbone, task: Ours(backbone, task)),
+    "ours, top third, float32": ("float32", lambda backbone, task: Ours(backbone, task, TOP_THIRD)),
+    "PEFT, bfloat16": ("bfloat16", lambda backbone, task: PEFT(backbone, task, 1)),
+    "ours, bfloat16": ("bfloat16", lambda backbone, task: Ours(backbone, task)),
+    "ours, top third, bfloat16": ("bfloat16", lambda backbone, task: Ours(backbone, task, TOP_THIRD)),
+}
 
-    def half() -> pl.Backbone:
-        return pl.load_backbone("smollm2-135m", dtype="bfloat16", device=device)
 
-    made: dict[str, Callable[[], Any]] = {
-        "released BLoB, float32": lambda: Released(full, ids),
-        "PEFT, full logits, float32": lambda: PEFT(full, ids, 0),
-        "PEFT, float32": lambda: PEFT(full, ids, 1),
-        "ours, float32": lambda: Ours(full, task),
-        "ours, top third, float32": lambda: Ours(full, task, TOP_THIRD),
-        "PEFT, bfloat16": lambda: PEFT(half(), ids, 1),
-        "ours, bfloat16": lambda: Ours(half(), task),
-        "ours, top third, bfloat16": lambda: Ours(half(), task, TOP_THIRD),
-    }
-    return made if only is None else {only: made[only]}
+def make(name: str, task: Task, arguments: argparse.Namespace) -> tuple[Any, list[dict[str, Tensor]]]:
+    """A side over a network of its own, and its batches."""
+    dtype, build = SIDES[name]
+    backbone = pl.load_backbone("smollm2-135m", dtype=dtype, device=arguments.device)
+    batches = random_batches(backbone.encode(task.train, task.format, MAX_LENGTH), arguments)
+    return build(backbone, task), batches
+
+
+def random_batches(data: EncodedSplit, arguments: argparse.Namespace) -> list[dict[str, Tensor]]:
+    """Batches of the first step and of those that are timed, the same for every side."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
+    size = arguments.batch_size
+    places = range(0, (arguments.steps + 1) * size, size)
+    return [data.batch(order[place : place + size], device=arguments.device) for place in places]
 
 
 def compare(arguments: argparse.Namespace) -> None:
     """Print the table of steps, predictions and memory."""
-    sides = {name: make() for name, make in contenders(arguments.data_dir, arguments.device).items()}
-    data = sides["ours, float32"].model.encode(multiple_choice(arguments.data_dir).train)
-    stream = data.stream(arguments.batch_size, seed=0)
+    task = released_prompts(arguments.data_dir)
+    made = {name: make(name, task, arguments) for name in SIDES}
+    sides, batches = {name: side for name, (side, _) in made.items()}, made["ours, float32"][1]
+    data = sides["ours, float32"].model.encode(task.train)
     steps: dict[str, list[float]] = {name: [] for name in sides}
     predictions: dict[str, list[float]] = {name: [] for name in sides}
-    tokens = []
-    for index in range(arguments.steps + 1):
-        batch = {key: value.to(arguments.device) for key, value in next(stream).items()}
-        tokens.append(float(batch["attention_mask"].sum(1).float().mean()))
+    for index, batch in enumerate(batches):
         for name, side in sides.items():
             seconds = seconds_of(partial(side.step, batch), arguments.device)
             if index > 0:
@@ -207,9 +219,17 @@ def compare(arguments: argparse.Namespace) -> None:
         if index < arguments.predictions:
             for name, side in sides.items():
                 predictions[name].append(seconds_of(partial(side.predict, batch), arguments.device))
-    print(f"batch {arguments.batch_size}, {statistics.mean(tokens):.0f} tokens, {arguments.steps} alternating steps,")
+    stream = data.stream(arguments.batch_size, seed=0)
+    similar = statistics.mean(
+        next(stream)["input_ids"].shape[1] for _ in range(data.steps_per_epoch(arguments.batch_size))
+    )
+    length = statistics.mean(batch["input_ids"].shape[1] for batch in batches)
+    print(
+        f"batch {arguments.batch_size}, {length:.0f} tokens with padding ({similar:.0f} in batches of similar length),"
+    )
+    print(f"{arguments.steps} alternating steps,", end=" ")
     print(f"{arguments.predictions} predictions of {DRAWS} draws (PEFT: one pass)\n")
-    print("| | step, s | to PEFT float32 | released / it | predict, s | released / it | peak memory, GB |")
+    print("| | step, s | to PEFT, same float type | released / it | predict, s | released / it | peak memory, GB |")
     print("|---|---|---|---|---|---|---|")
 
     def ratio(above: list[float], below: list[float]) -> str:
@@ -223,7 +243,7 @@ def compare(arguments: argparse.Namespace) -> None:
         peak = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
         cells = [
             f"{statistics.median(steps[name]):.2f}",
-            ratio(steps[name], steps["PEFT, float32"]),
+            ratio(steps[name], steps["PEFT, bfloat16" if name.endswith("bfloat16") else "PEFT, float32"]),
             ratio(steps["released BLoB, float32"], steps[name]),
             f"{statistics.median(predictions[name]):.2f}",
             ratio(predictions["released BLoB, float32"], predictions[name]),
@@ -234,12 +254,9 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def memory(arguments: argparse.Namespace) -> None:
     """Print the peak memory of a process that takes four steps of one side, gigabytes."""
-    (side,) = [make() for make in contenders(arguments.data_dir, arguments.device, arguments.memory).values()]
-    task = multiple_choice(arguments.data_dir)
-    model = pl.BayesianModel(pl.load_backbone("smollm2-135m", dtype="float32"), task)
-    stream = model.encode(task.train).stream(arguments.batch_size, seed=0)
-    for _ in range(4):
-        side.step({key: value.to(arguments.device) for key, value in next(stream).items()})
+    side, batches = make(arguments.memory, released_prompts(arguments.data_dir), arguments)
+    for batch in batches[:4]:
+        side.step(batch)
     if arguments.device == "cpu":
         peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1000
     else:
@@ -250,7 +267,7 @@ def memory(arguments: argparse.Namespace) -> None:
 
 def growth(arguments: argparse.Namespace) -> None:
     """Print how step and prediction grow, with slopes in double logarithms."""
-    task = multiple_choice(arguments.data_dir)
+    task = released_prompts(arguments.data_dir)
     backbone = pl.load_backbone("smollm2-135m", dtype="bfloat16", device=arguments.device)
     print("| grows | values | what | seconds | exponent |\n|---|---|---|---|---|")
 

@@ -103,12 +103,11 @@ def variances(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
                     sums[scope][role][1] = sums[scope][role][1] + gradient.square().sum()
         count = arguments.gradients
         for role in ROLES:
-            # of both coherent scopes, which estimate one gradient
-            both = (sums["weight"][role][0] + sums["example"][role][0]) / (2 * count)
-            size = float(torch.as_tensor(both).square().sum())
+            # both coherent scopes estimate one gradient, and a product of independent estimates has no bias by their variance
+            means = {scope: torch.as_tensor(sums[scope][role][0]) / count for scope in SCOPES}
+            size = float((means["weight"] * means["example"]).sum())
             for scope in SCOPES:
-                mean = torch.as_tensor(sums[scope][role][0]) / count
-                spread = float(sums[scope][role][1]) - count * float(mean.square().sum())
+                spread = float(sums[scope][role][1]) - count * float(means[scope].square().sum())
                 total[scope][role] += spread / (count - 1) / size / arguments.batches
     run.model.release()
     return {"variance": total, "seconds": {scope: statistics.median(times) for scope, times in seconds.items()}}

@@ -16,3 +16,10 @@ def multiple_choice(data_dir: str | None, classes: int = 5) -> Task:
     letters = tuple(string.ascii_uppercase[:classes])
     splits = {name: replace(getattr(task, name), classes=classes) for name in ("train", "validation", "test")}
     return replace(task, labels=letters, format=Letter(letters=letters), **splits)
+
+
+def released_prompts(data_dir: str | None) -> Task:
+    """ARC-Easy as the released BLoB code asks it; the headlines without a folder."""
+    if data_dir is None:
+        return multiple_choice(None)
+    return pl.task("arc_easy_paper", data_dir=data_dir, train_size=300)

@@ -2,14 +2,18 @@
 
 from collections.abc import Sequence
 from functools import singledispatch
+from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pyrolora.guides.block_covariance import RowNormal
+from pyrolora.guides.full_covariance import DenseNormal
 from pyrolora.guides.kronecker import KroneckerDistribution
 from pyrolora.guides.low_rank import LowRankNormal
+from pyrolora.guides.vbll import logit_moments
 from pyrolora.models.local import LocalWeight
 
 # smallest variance of a product, so that its root has a gradient where a token's activations are all zero
@@ -145,6 +149,39 @@ class LocalKronecker(LocalWeight):
         return total + self.rest * (free + (kept - on_basis) @ self.out_basis.mT)
 
 
+class LocalMatrix(LocalWeight):
+    """One matrix of Normal weights, whatever their covariance, drawn for every token by the moments of its product.
+
+    Args:
+        distribution: over a matrix, one that `logit_moments` knows.
+    """
+
+    def __init__(self, distribution: Any) -> None:
+        self.distribution = distribution
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `LocalWeight.dtype`."""
+        return self.distribution.mean.dtype
+
+    def entries(self) -> Sequence[LocalWeight]:
+        """See `LocalWeight.entries`."""
+        return [self]
+
+    def product(self, rows: Tensor) -> Tensor:
+        """See `LocalWeight.product`."""
+        moments = logit_moments(self.distribution, rows.flatten(0, -2))
+        noise = torch.randn_like(moments.mean)
+        if moments.independent:
+            change = moments.variance.clamp_min(TINY).sqrt() * noise
+        else:
+            # a token of zeros has a product of zero, whose covariance has no Cholesky factor
+            slack = 10 * torch.finfo(self.dtype).eps * moments.variance.mean(-1, keepdim=True) + TINY
+            root = torch.linalg.cholesky(moments.spread + torch.diag_embed(slack.expand_as(moments.mean)))
+            change = (root @ noise[..., None])[..., 0]
+        return (moments.mean + change).unflatten(0, rows.shape[:-1])
+
+
 @singledispatch
 def local_weight(distribution: object, method: str) -> LocalWeight:
     """Token noise of a Normal posterior.
@@ -177,10 +214,31 @@ def _independent(distribution: dist.Independent, method: str) -> LocalWeight:
 @local_weight.register(LowRankNormal)
 def _low_rank(distribution: LowRankNormal, method: str) -> LocalWeight:
     shape = distribution.loc.shape
+    if len(shape) == 2:
+        return _matrix(distribution, method)
     if method == "flipout" or len(shape) != 3:
         return local_weight.dispatch(object)(distribution, method)
     own = LocalNormal(distribution.loc, distribution.cov_diag.sqrt().reshape(shape))
     return LocalLowRank(own, distribution.cov_factor.mT.reshape(shape[0], -1, *shape[1:]))
+
+
+@local_weight.register(DenseNormal)
+def _dense(distribution: DenseNormal, method: str) -> LocalWeight:
+    shape = distribution.loc.shape
+    if len(shape) == 2:
+        return _matrix(distribution, method)
+    if method == "flipout" or len(shape) != 3:
+        return local_weight.dispatch(object)(distribution, method)
+    # what one entry says about another is nothing that a token's product with one of them could show
+    directions = distribution.scale_tril.mT.reshape(-1, *shape).transpose(0, 1)
+    return LocalLowRank(LocalNormal(distribution.loc, torch.zeros_like(distribution.loc)), directions)
+
+
+@local_weight.register(RowNormal)
+def _matrix(distribution: Any, method: str) -> LocalWeight:
+    if method == "flipout":
+        return local_weight.dispatch(object)(distribution, method)
+    return LocalMatrix(distribution)
 
 
 @local_weight.register(KroneckerDistribution)

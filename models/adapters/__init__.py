@@ -4,6 +4,7 @@ from pyrolora.models.adapters.base import Adapter
 from pyrolora.models.adapters.corda import CorDA
 from pyrolora.models.adapters.full_rank import FullRank
 from pyrolora.models.adapters.item_projector import ItemProjector
+from pyrolora.models.adapters.label_lora import LabelLoRA
 from pyrolora.models.adapters.last_layer import LastLayer
 from pyrolora.models.adapters.lora import LoRA
 from pyrolora.models.adapters.mixture import MixtureLoRA
@@ -20,6 +21,7 @@ __all__ = [
     "CorDA",
     "FullRank",
     "ItemProjector",
+    "LabelLoRA",
     "LastLayer",
     "LoRA",
     "LoRAPool",

@@ -95,10 +95,8 @@ HOME = {"SVI StiefelNormal": "PoLAR+LastLayer"}
 NO_TOKEN_NOISE = r"There is no noise='\w+' for a \w+"
 # (engine, adapter) or (engine, noise) -> a part of the sentence that says why not
 REFUSED = {
-    **{("SVI FullCovariance", noise): NO_TOKEN_NOISE for noise in ("token", "flipout")},
-    # of the head it knows each class by itself, which has no matrix for a token to meet
-    **{("SVI LowRank", noise): NO_TOKEN_NOISE for noise in ("token", "flipout")},
-    ("SVI KroneckerNormal", "flipout"): NO_TOKEN_NOISE,
+    # signs leave the law of independent weights as it is, and of no others
+    **{(f"SVI {name}", "flipout"): NO_TOKEN_NOISE for name in ("FullCovariance", "LowRank", "KroneckerNormal")},
     **{
         (engine, name): r"Add LastLayer\(\) to the model's adapters"
         for engine in ("Laplace last_layer", "VBLL", "VBLL joint", "VBLL contrasts", "NUTS")
