@@ -79,9 +79,10 @@ class BLoB(Family):
     def factor(self, site: Site, start: Tensor, prior: TorchDistribution) -> Factor:
         """See `Family.factor`."""
         if site.matches(self.sites) and self.variant == "release":
-            factor = SquaredScaleFactor(start, torch.ones_like(start))
-            factor.draw_start(torch.Generator().manual_seed(0))
-            return factor
+            low = RELEASED_ROOT / math.sqrt(2)
+            # from torch's state, which `build_guide` seeds
+            root = low + (RELEASED_ROOT - low) * torch.rand(start.shape, dtype=torch.float64)
+            return SquaredScaleFactor(start, root.square().to(start))
         if site.matches(self.sites):
             return SquaredScaleFactor(start, starting_scale(self.init_scale, site, start, prior))
         return MeanField().factor(site, start, prior) if site.hyper else PointFactor(site, start)
@@ -111,10 +112,3 @@ class SquaredScaleFactor(IndependentNormalFactor):
         """See `IndependentNormalFactor.log_scale_gradient`."""
         gradient = self.root_scale.grad
         return None if gradient is None else gradient * self.root_scale.detach() / 2
-
-    @torch.no_grad()
-    def draw_start(self, generator: torch.Generator) -> None:
-        """Put G where the released code starts it, uniform in [eps / sqrt 2, eps]."""
-        uniform = torch.rand(self.root_scale.shape, generator=generator, dtype=torch.float64)
-        low = RELEASED_ROOT / math.sqrt(2)
-        self.root_scale.copy_(low + (RELEASED_ROOT - low) * uniform)

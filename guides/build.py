@@ -51,12 +51,14 @@ def build_guide(
         model.sample_sites()
     nodes: Any = traced.trace.nodes
     factors = {}
-    for name, family in families.items():
-        node = nodes[name]
-        # fused optimisers read memory as it lies, and what a file gives back lies in order
-        value = node["value"].detach().contiguous()
-        factors[name] = family.factor(model.sites[name], value, node["fn"])
-        factors[name].family = family
+    # a stream of its own for what families draw, so that other families leave the starts of means as they are
+    with SeededBy(generator, devices):
+        for name, family in families.items():
+            node = nodes[name]
+            # fused optimisers read memory as it lies, and what a file gives back lies in order
+            value = node["value"].detach().contiguous()
+            factors[name] = family.factor(model.sites[name], value, node["fn"])
+            factors[name].family = family
     return Guide(factors)
 
 

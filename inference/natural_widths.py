@@ -106,7 +106,9 @@ class NaturalWidths:
             self.slopes[name].lerp_(likelihood, rate)
             self.spreads[name].lerp_(variance, rate)
             curvature = self.slopes[name] / self.spreads[name]
-            best = (precision + curvature / self.per_kl).maximum(precision / WIDEST)
+            # a learned prior follows the widths, so widths beyond it would raise it, and it them, without end
+            widest = 1.0 if name in self.model.prior.learned_sites else WIDEST
+            best = (precision + curvature / self.per_kl).maximum(precision / widest)
             factor.set_scale(best.rsqrt())
 
     def state_tensors(self) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from pyrolora.models.adapters.last_layer import HEAD
 from pyrolora.models.naming import nearest
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import EncodedSplit, Split, row_count
-from pyrolora.models.trunk import TrunkCache
+from pyrolora.models.trunk import BUDGET, TrunkCache
 
 LINEARISED = ("linearised", *LINKS, *BINARY_LINKS)
 # every kind of prediction that some posterior has
@@ -161,9 +161,13 @@ class Posterior:
             raise ValueError(
                 f"{type(self).__name__} has no prediction of kind {kind!r}. {remedy} Kinds: {', '.join(kinds)}."
             )
-        if draws < 1:
-            raise ValueError(f"A prediction needs at least one draw; got {draws}. A usual choice is 10.")
+        if draws != int(draws) or draws < 1:
+            raise ValueError(
+                f"A prediction needs at least one draw, a whole number; got {draws}. A usual choice is 10."
+            )
         require_sampler(sampler)
+        if sampler != "independent" and kind != "mc":
+            raise ValueError(f"sampler={sampler!r} spreads weight draws, and kind={kind!r} takes none. Use kind='mc'.")
         if tolerance is not None and (kind != "mc" or not tolerance > 0):
             raise ValueError(
                 f"A tolerance must be positive and needs kind='mc'; got {tolerance} with kind={kind!r}. Try 0.005."
@@ -175,7 +179,9 @@ class Posterior:
         else:
             encoded = self.model.encode(data)
             rows, batches, labels = len(encoded), list(encoded.batches(batch_size)), encoded.labels
-        trunks = TrunkCache(self.model.backbone, self.model.first_block, rows)
+        # a batch is met once, unless more draws may follow
+        budget = 0 if tolerance is None else BUDGET
+        trunks = TrunkCache(self.model.backbone, self.model.first_block, rows, budget)
         found: list[Predictive] = []
         taken, wanted = 0, draws if tolerance is None else DRAWS_A_ROUND
         while taken < draws:

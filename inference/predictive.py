@@ -16,6 +16,9 @@ Batch = Mapping[str, Tensor]
 ROWS_AT_ONCE = 256
 # draws between two looks at the Monte-Carlo error; even, so that mirrored pairs stay together
 DRAWS_A_ROUND = 4
+# independent parts below which a standard error is a guess: that of two is less than half of the true one in 38 % of all
+# cases, that of four in 14 %
+FEWEST_UNITS = 4
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ def monte_carlo_error(parts: list[Predictive], sampler: str) -> float:
 
     Args:
         parts: rounds of draws.
-        sampler: how they were spread. Mirrored draws are judged by the means of their pairs, strata by the means of rounds.
+        sampler: how they were spread. Mirrored draws are judged by the means of their pairs, strata by the means of rounds;
+            of fewer than `FEWEST_UNITS` of them the error is taken to be infinite.
     """
     if sampler == "stratified":
         units = torch.stack([part.probs.mean(0) for part in parts])
@@ -112,7 +116,7 @@ def monte_carlo_error(parts: list[Predictive], sampler: str) -> float:
         units = torch.cat([part.probs[: len(part.probs) // 2 * 2].unflatten(0, (-1, 2)).mean(1) for part in parts])
     else:
         units = torch.cat([part.probs for part in parts])
-    if len(units) < 2:
+    if len(units) < FEWEST_UNITS:
         return float("inf")
     return float((units.var(0) / len(units)).sqrt().mean())
 

@@ -24,6 +24,8 @@ from pyrolora.models.tasks import EncodedSplit, Split
 EPSILON = 1e-6
 # the released exponent is pi / gamma with this pi
 PI = 3.14159
+# below it a cycle is longer than any fit
+LEAST_GAMMA = 1.0
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class ReleasedBLoB(SVI):
 
     Usage::
 
-        model = BayesianModel(backbone, task, prior={"*.lora_A": Normal(0, 0.2), "*.lora_B": Flat()})
+        prior = {"*.lora_A": Normal(0, 0.2), "*.lora_B": Flat()}
+        model = BayesianModel(backbone, task, adapter=[LoRA(), LabelLoRA()], prior=prior)
         posterior = ReleasedBLoB(steps=5000).fit(model, task.train)
         posterior.predict(task.test, kind="flipout", draws=10)          # as released
 
@@ -40,7 +43,7 @@ class ReleasedBLoB(SVI):
     ``pi KL``. The weights ``pi_i = 2^i / (2^(M+1) - 1)`` of a cycle of M steps sum to one and M is not the number of steps in
     an epoch, so this is the schedule of no ELBO; final widths are decided by the SGD rate times the number of cycles. Data
     are read in a fixed order, each epoch dropping what does not fill a batch. Both rates start at zero in the first step.
-    The released code also adapts the vocabulary head, which a label head does not need: that is left out.
+    The released code adapts the vocabulary head as well: that is `LabelLoRA`.
 
     Source: Wang et al., "BLoB", 2024, and its released code.
 
@@ -75,8 +78,11 @@ class ReleasedBLoB(SVI):
                 raise ValueError(
                     f"The released algorithm has no {name} but {value!r}; got {getattr(self, name)!r}. Use SVI(guide=BLoB())."
                 )
-        if not self.gamma > 0:
-            raise ValueError(f"gamma must be positive; got {self.gamma}. The released value is 8.")
+        if not self.gamma >= LEAST_GAMMA:
+            raise ValueError(
+                f"gamma must be at least {LEAST_GAMMA:g}, since a cycle has 100 N^(pi / gamma) / batch_size steps; got "
+                f"{self.gamma}. The released value is 8."
+            )
         if any(
             not isinstance(family, BLoB) or family.variant != "release" for family in by_pattern(self.guide).values()
         ):
@@ -133,10 +139,6 @@ class ReleasedRun(TrainingRun):
         self.variances = _prior_variances(model, self.normals)
         for group in self.optimiser.adam.param_groups:
             group["eps"] = EPSILON
-        if self.step == 0:
-            source = torch.Generator().manual_seed(self.seed)
-            for factor in self.normals.values():
-                factor.draw_start(source)
 
     def _stream(self, start: int) -> Iterator[dict[str, Tensor]]:
         size = self.engine.batch_size

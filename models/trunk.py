@@ -7,6 +7,9 @@ from torch import Tensor
 
 from pyrolora.models.backbones import Backbone
 
+# bytes of hidden states that are kept
+BUDGET = 2**30
+
 
 class TrunkCache:
     """Keeps each example's hidden states at the input of the lowest adapted block.
@@ -27,7 +30,7 @@ class TrunkCache:
         budget: bytes the cache may hold; beyond it the trunk is recomputed for the rows that do not fit.
     """
 
-    def __init__(self, backbone: Backbone, first_block: int, num_rows: int, budget: int = 2**30) -> None:
+    def __init__(self, backbone: Backbone, first_block: int, num_rows: int, budget: int = BUDGET) -> None:
         self.backbone = backbone
         self.first_block = first_block
         self.room = budget

@@ -189,11 +189,16 @@ def _task(config: ExperimentConfig, seed: int = 0) -> Task:
     return task(config.task, data_dir=config.data_dir, train_size=config.train_size, seed=seed)
 
 
-def _sibling(name: str, config: ExperimentConfig) -> Task:
-    """Another task: from the same folder if it lies there, else from its package or the hub."""
-    if config.data_dir is not None:
+def sibling_task(name: str, data_dir: str | None) -> Task:
+    """Another task: from the same folder if it lies there, else from its package or the hub.
+
+    Args:
+        name: the task.
+        data_dir: folder of the first task's files.
+    """
+    if data_dir is not None:
         try:
-            return task(name, data_dir=config.data_dir)
+            return task(name, data_dir=data_dir)
         except FileNotFoundError:
             pass
     return task(name)
@@ -201,7 +206,7 @@ def _sibling(name: str, config: ExperimentConfig) -> Task:
 
 def _foreign(name: str, config: ExperimentConfig, data: Task) -> Split:
     """Test items of a task whose labels are not used."""
-    other = _sibling(name, config).test
+    other = sibling_task(name, config.data_dir).test
     if name != config.task and {row.content for row in other} == {row.content for row in data.test}:
         raise ValueError(
             f"The test items of {name!r} are those of {config.task!r}: both are read from the files in {config.data_dir!r}. "
@@ -212,21 +217,13 @@ def _foreign(name: str, config: ExperimentConfig, data: Task) -> Split:
 
 def _shifted(name: str, config: ExperimentConfig, data: Task) -> Split:
     """Test items of a sibling task."""
-    other = _sibling(name, config)
+    other = sibling_task(name, config.data_dir)
     if other.labels != data.labels:
         raise ValueError(
             f"The task {name!r} has the classes {', '.join(other.labels)}, expected {', '.join(data.labels)} as in "
             f"{config.task!r}. Name it under ood, where labels are not used."
         )
     return _at_most(other.test, config.ood_size)
-
-
-def _other_task(name: str, config: ExperimentConfig) -> Task:
-    """A task to judge on, which lies in the experiment's own folder if it lies in one."""
-    try:
-        return task(name, data_dir=config.data_dir)
-    except FileNotFoundError:  # it may come from a package or the hub
-        return task(name)
 
 
 def _at_most(split: Split, size: int) -> Split:

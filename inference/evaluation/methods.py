@@ -174,7 +174,12 @@ METHODS: dict[str, Method] = {
     "mle": Method("MAP", prior="Flat()"),
     "map": Method("MAP"),
     "blob": Method("SVI", prior=NARROW, guide="BLoB()", settings=COLD),
-    "blob_release": Method("ReleasedBLoB", prior={"*.lora_A": "Normal(0, 0.2)", "*.lora_B": "Flat()"}),
+    "blob_release": Method(
+        "ReleasedBLoB",
+        prior={"*.lora_A": "Normal(0, 0.2)", "*.lora_B": "Flat()"},
+        adapters=("LabelLoRA()",),
+        kind="flipout",
+    ),
     "mean_field": Method("SVI", prior=NARROW, guide="MeanField()", settings=COLD),
     "low_rank": Method(
         "SVI", prior=NARROW, guide={"*.lora_A": "LowRank(rank=4)", "*.lora_B": "Point()"}, settings=COLD

@@ -24,8 +24,8 @@ class LabelLoRA(Adapter):
 
         BayesianModel(backbone, task, adapter=[LoRA(), LabelLoRA()])
 
-    What PEFT trains with ``lm_head`` among its ``target_modules``, where the loss reads the labels' logits alone: the rows of B of
-    other tokens have no gradient and are not kept. Sites are ``lm_head.lora_A`` with dims ``(rank, feature)`` and
+    What PEFT trains with ``lm_head`` among its ``target_modules``, where the loss reads the logits of the labels alone: rows
+    of B of other tokens have no gradient, and are not kept. Sites are ``lm_head.lora_A`` with dims ``(rank, feature)`` and
     ``lm_head.lora_B`` with dims ``(class, rank)``. A change of full rank is `LastLayer`.
 
     Source: Wang et al., "BLoB", 2024: its released code adapts the vocabulary head beside queries and values.

@@ -13,6 +13,7 @@ from pyrolora.models.tasks.readers import (
     choice_reader,
     crowd_reader,
     headline_reader,
+    listing_reader,
     only,
     text_reader,
 )
@@ -162,17 +163,18 @@ def _arc(name: str, config: str) -> TaskSpec:
     )
 
 
-def _paper(spec: TaskSpec, letters: str, choices: str) -> TaskSpec:
+def _paper(spec: TaskSpec, letters: str, heading: str, option: str = "{text}) {letter}") -> TaskSpec:
     """A task as the released BLoB code asks it: its instruction, its spelling, and the letter after its option."""
     template = (
-        "Return the label of the correct answer for the question below.\n\nQuestion: {question}\n"
-        f"{choices}:\n{{options}}\nAnswer:"
+        "Return the label of the correct answer for the question below.\n\nQuestion: {question}\n{choices}\nAnswer:"
     )
     return replace(
         spec,
         name=f"{spec.name}_paper",
+        fields=("question", "choices"),
         labels=tuple(letters),
-        format=Letter(template, tuple(letters), option="{text}) {letter}", separator=""),
+        reader=listing_reader(spec.reader, option, letters, heading),
+        format=Verbaliser(template, tuple(letters), separator=None, truncation="right"),
         description=f"{spec.description} Asked with the prompt of the released BLoB code.",
     )
 
@@ -206,7 +208,7 @@ def _paper_winogrande(spec: TaskSpec) -> TaskSpec:
     return replace(
         spec,
         name=f"{spec.name}_paper",
-        format=Letter(template, ("A", "B"), separator="", ended=True),
+        format=Letter(template, ("A", "B"), separator=None, ended=True, truncation="right"),
         description=f"{spec.description} Asked with the prompt of the released BLoB code.",
     )
 
@@ -228,8 +230,9 @@ def _paper_boolq(spec: TaskSpec) -> TaskSpec:
         spec,
         name=f"{spec.name}_paper",
         reader=read,
-        # class 1 is yes, and its word is "False": training puts that right, the pretrained model is judged upside down
-        format=Verbaliser(template, ("True", "False"), separator="", ended=True),
+        # class 1 is yes, and its word is "False": training puts that right, the pretrained model is judged upside down;
+        # a long passage costs the question
+        format=Verbaliser(template, ("True", "False"), separator=None, ended=True, truncation="right"),
         description=f"{spec.description} Asked with the prompt of the released BLoB code, whose two words are swapped.",
     )
 
@@ -355,9 +358,9 @@ SHIPPED: tuple[TaskSpec, ...] = (
     _arc("arc_easy", "ARC-Easy"),
     _arc("arc_challenge", "ARC-Challenge"),
     # asked for by name only: the released prompts, misspelling and all
-    _paper(_arc("arc_easy", "ARC-Easy"), "ABCDE", "Choices"),
-    _paper(_arc("arc_challenge", "ARC-Challenge"), "ABCDE", "Choices"),
-    _paper(OPENBOOKQA, "ABCD", "Chioces"),
+    _paper(_arc("arc_easy", "ARC-Easy"), "ABCDE", "Choices:"),
+    _paper(_arc("arc_challenge", "ARC-Challenge"), "ABCDE", "Choices:"),
+    _paper(OPENBOOKQA, "ABCD", "Chioces:"),
     OPENBOOKQA,
     _winogrande("winogrande_s", held_out=100),
     _winogrande("winogrande_m", held_out=300),
@@ -380,5 +383,10 @@ SHIPPED: tuple[TaskSpec, ...] = (
         licence="WordNet licence",
     ),
     *(_mmlu(subject) for subject in MMLU_SUBJECTS),
+    # the released code lists the options of these the usual way round, so that they are another format too
+    *(
+        _paper(_mmlu(subject), "ABCD", "Choices:", "{letter}) {text}")
+        for subject in ("college_chemistry", "college_physics")
+    ),
     *next_item_specs(),
 )

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from pyrolora.models.tasks.example import Example
 from pyrolora.models.tasks.option_scoring import OptionScoring
-from pyrolora.models.tasks.prompts import EncodedRow, fill, first_tokens, shorten, template_fields, token_ids
+from pyrolora.models.tasks.prompts import (
+    EncodedRow,
+    fill,
+    first_tokens,
+    lone_tokens,
+    shorten,
+    template_fields,
+    token_ids,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,21 +63,25 @@ class Verbaliser:
     Args:
         template: the prompt, with field names in braces.
         labels: the words, one a class, in the order of the classes.
-        separator: what stands between prompt and word when neither has white space there.
+        separator: what stands between prompt and word when neither has white space there; None takes the last token that a
+            word has by itself, whatever it would be after the prompt.
         ended: whether an end-of-sequence token follows the prompt, after which the answer is read; released code does so
             for some tasks.
+        truncation: the side on which a prompt that is too long is cut, ``"left"`` or ``"right"``.
     """
 
     kind: ClassVar[Literal["label"]] = "label"
 
     template: str
     labels: tuple[str, ...]
-    separator: str = " "
+    separator: str | None = " "
     ended: bool = False
+    truncation: str = "left"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", tuple(self.labels))
         template_fields(self.template)
+        _check_truncation(self.truncation)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -87,6 +99,8 @@ class Verbaliser:
             ValueError: a word that is empty, unknown or split after white space, or two that share their
                 first token.
         """
+        if self.separator is None:
+            return lone_tokens(tokenizer, self.labels)
         return first_tokens(tokenizer, self.template, self.labels, self.separator)
 
     def encode(
@@ -97,9 +111,10 @@ class Verbaliser:
         Args:
             tokenizer: of the backbone.
             examples: of this task or of another one with the same fields.
-            max_length: tokens; a longer prompt loses its beginning.
+            max_length: tokens; a longer prompt is cut.
         """
-        return _prompt_rows(tokenizer, [self.prompt(example) for example in examples], max_length, self.ended)
+        prompts = [self.prompt(example) for example in examples]
+        return _prompt_rows(tokenizer, prompts, max_length, self.ended, self.truncation)
 
 
 @dataclass(frozen=True)
@@ -115,8 +130,9 @@ class Letter:
         template: the prompt; ``{options}`` stands for the listed options, one a line.
         letters: one for each position an option can have.
         option: how one option is listed, with ``{letter}`` and ``{text}``.
-        separator: what stands between prompt and letter when the prompt ends without white space.
+        separator: what stands between prompt and letter when the prompt ends without white space; None as in `Verbaliser`.
         ended: whether an end-of-sequence token follows the prompt, after which the answer is read.
+        truncation: see `Verbaliser`.
     """
 
     kind: ClassVar[Literal["label"]] = "label"
@@ -124,11 +140,13 @@ class Letter:
     template: str = "Question: {question}\n{options}\nAnswer:"
     letters: tuple[str, ...] = ("A", "B", "C", "D")
     option: str = "{letter}) {text}"
-    separator: str = " "
+    separator: str | None = " "
     ended: bool = False
+    truncation: str = "left"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "letters", tuple(self.letters))
+        _check_truncation(self.truncation)
         if "options" not in template_fields(self.template):
             raise ValueError(
                 f"The template {self.template!r} shows no options; put {{options}} where they are to be listed."
@@ -172,6 +190,8 @@ class Letter:
         Raises:
             ValueError: two letters share their token, or one is unknown to the tokenizer.
         """
+        if self.separator is None:
+            return lone_tokens(tokenizer, self.letters)
         return first_tokens(tokenizer, self.template, self.letters, self.separator)
 
     def encode(
@@ -182,18 +202,24 @@ class Letter:
         Args:
             tokenizer: of the backbone.
             examples: with options.
-            max_length: tokens; a longer prompt loses its beginning.
+            max_length: tokens; a longer prompt is cut.
         """
-        return _prompt_rows(tokenizer, [self.prompt(example) for example in examples], max_length, self.ended)
+        prompts = [self.prompt(example) for example in examples]
+        return _prompt_rows(tokenizer, prompts, max_length, self.ended, self.truncation)
+
+
+def _check_truncation(side: str) -> None:
+    if side not in ("left", "right"):
+        raise ValueError(f"truncation={side!r}, expected 'left' or 'right'.")
 
 
 def _prompt_rows(
-    tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_length: int, ended: bool
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_length: int, ended: bool, truncation: str
 ) -> list[EncodedRow]:
     if ended and tokenizer.eos_token_id is None:
         raise ValueError(
             "The prompt is to end in an end-of-sequence token, and the tokenizer has none; use ended=False."
         )
     end = [int(tokenizer.eos_token_id)] if ended else []
-    ids = shorten(tokenizer, token_ids(tokenizer, prompts), [max_length - len(end)] * len(prompts))
+    ids = shorten(tokenizer, token_ids(tokenizer, prompts), [max_length - len(end)] * len(prompts), truncation)
     return [EncodedRow(row + end, [], [], [], []) for row in ids]

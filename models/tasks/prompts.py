@@ -193,19 +193,45 @@ def first_tokens(
     return tuple(owner)
 
 
-def shorten(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], rooms: Sequence[int]) -> list[list[int]]:
+def lone_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> tuple[int, ...]:
+    """Return the last token of each word as the tokenizer writes it without a prompt; released code takes labels so.
+
+    Usage: ``lone_tokens(tokenizer, ("A", "B"))``.
+
+    Raises:
+        ValueError: a word without tokens, or two with the same last token.
+    """
+    found: dict[int, str] = {}
+    for word, ids in zip(words, tokenizer(list(words), add_special_tokens=False).input_ids, strict=True):
+        if not ids:
+            raise ValueError(f"The label {word!r} is empty; give every label a word. Labels: {list(words)}.")
+        if ids[-1] in found:
+            raise ValueError(
+                f"The labels {found[ids[-1]]!r} and {word!r} end in the same token, so the model cannot tell them apart; use "
+                "another word for one of them."
+            )
+        found[ids[-1]] = word
+    return tuple(found)
+
+
+def shorten(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], rooms: Sequence[int], side: str = "left"
+) -> list[list[int]]:
     """Return the prompts cut to the room each has, from the left, so that the question and its cue stay.
 
     Usage: ``shorten(tokenizer, ids, [300] * len(ids))``. A beginning-of-sequence token stays too. Logs how
-    many were cut.
+    many were cut. With ``side="right"`` the end is lost instead, as in released code.
     """
     shortened = []
     for ids, room in zip(prompts, rooms, strict=True):
-        if len(ids) > room:
+        if len(ids) > room and side == "right":
+            ids = ids[:room]
+        elif len(ids) > room:
             head = ids[:1] if room > 1 and ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id) else []
             ids = head + ids[len(ids) - room + len(head) :]
         shortened.append(ids)
     cut = sum(len(short) < len(ids) for short, ids in zip(shortened, prompts, strict=True))
     if cut:
-        logger.warning("%d of %d prompts were longer than max_length and lost their beginning", cut, len(prompts))
+        lost = "end" if side == "right" else "beginning"
+        logger.warning("%d of %d prompts were longer than max_length and lost their %s", cut, len(prompts), lost)
     return shortened

@@ -7,6 +7,7 @@ ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pyrolora.models.naming import suggestion
@@ -96,6 +97,37 @@ def choice_reader(question: str = "question", choices: str = "choices", answer: 
         return Example(fields, keys.index(given), options=tuple(texts), id=str(row.get("id") or ""))
 
     return read
+
+
+def listing_reader(read: Reader, line: str, letters: Sequence[str], heading: str, choices: str = "choices") -> Reader:
+    """Return a reader that also writes the options out, one a line, as the field ``choices``.
+
+    Usage: ``listing_reader(choice_reader(), "{letter}) {text}", "ABCDE", "Choices:")``.
+
+    Every option stands under the name that it has in the data, such as 1 to 4 in some rows of ARC, and under its letter where
+    it has none.
+
+    Args:
+        read: the reader of everything else.
+        line: how one option is listed, with ``{letter}`` and ``{text}``.
+        letters: one for each position.
+        heading: the line above.
+        choices: column of the options.
+    """
+
+    def listed(row: Row) -> Example | None:
+        example = read(row)
+        if example is None:
+            return None
+        texts, keys = _options(row, choices)
+        names = keys if isinstance(row.get(choices), Mapping) else letters
+        # the text last, so that braces in it are not taken for fields
+        lines = [
+            line.replace("{letter}", name).replace("{text}", text) for name, text in zip(names, texts, strict=False)
+        ]
+        return replace(example, fields={**example.fields, "choices": "\n".join([heading, *lines])})
+
+    return listed
 
 
 def _options(row: Row, column: str) -> tuple[list[str], list[str]]:

@@ -23,6 +23,7 @@ from pyrolora.inference.merging import merge
 from pyrolora.inference.nuts import NUTS
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.predictive import Predictive
+from pyrolora.inference.pruning import prune_ranks, rank_reports
 from pyrolora.inference.released import ReleasedBLoB
 from pyrolora.inference.retaining import QualityRetaining
 from pyrolora.inference.schedules import BlockSchedule
@@ -114,6 +115,8 @@ __all__ = [
     "logit_scale",
     "merge",
     "merged",
+    "prune_ranks",
+    "rank_reports",
     "second_moments",
     "task",
 ]

@@ -44,6 +44,12 @@ TaskName = Annotated[
     str | None, typer.Option("--task", help="Name of the task; image tasks joined by + share one label space.")
 ]
 DataDir = Annotated[str | None, typer.Option("--data-dir", help="Folder with the task's files.")]
+Kind = Annotated[
+    str | None,
+    typer.Option(
+        "--kind", help="Kind of prediction: mc, mean, linearised, token, ...; the posterior's own by default."
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, or auto.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
@@ -208,6 +214,7 @@ def evaluate_command(
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the report.")] = None,
     ood: Annotated[str | None, typer.Option("--ood", help="Foreign tasks, separated by commas.")] = None,
     draws: Annotated[int, typer.Option("--draws", help="Weight draws of a prediction.")] = 10,
+    kind: Kind = None,
     data_dir: DataDir = None,
     model: Model = None,
     dtype: Dtype = None,
@@ -215,6 +222,8 @@ def evaluate_command(
     quiet: Quiet = False,
 ) -> None:
     """Judge kept posteriors on their task's test items."""
+    from pyrolora.inference.evaluation.experiment import sibling_task
+
     posteriors = {str(folder): _load(folder, model, dtype, device, data_dir) for folder in folders}
     first = next(iter(posteriors.values()))
     for name, posterior in posteriors.items():
@@ -223,10 +232,10 @@ def evaluate_command(
                 f"{name} is a posterior of the task {posterior.model.task.name!r}, and {folders[0]} of "
                 f"{first.model.task.name!r}. Evaluate them apart."
             )
-    foreign = {name: load_task(name).test for name in (ood.split(",") if ood else ())}
+    foreign = {name: sibling_task(name, data_dir).test for name in (ood.split(",") if ood else ())}
     own = first.model.task
     groups = getattr(own.format, "groups", ())
-    report = evaluate(posteriors, own.test, ood=foreign, groups=groups, draws=draws, progress=not quiet)
+    report = evaluate(posteriors, own.test, ood=foreign, groups=groups, kind=kind, draws=draws, progress=not quiet)
     typer.echo(report.to_markdown())
     if out is not None:
         report.save(out)
@@ -300,6 +309,7 @@ def predict_command(
         list[str] | None, typer.Argument(help="Texts or picture files to classify; read from standard input if none.")
     ] = None,
     draws: Annotated[int, typer.Option("--draws", help="Weight draws.")] = 10,
+    kind: Kind = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the draws.")] = 0,
     data_dir: DataDir = None,
     model: Model = None,
@@ -326,7 +336,7 @@ def predict_command(
     )
     data = Split("given", task.name, examples, len(task.labels))
     generator = torch.Generator().manual_seed(seed)
-    predictive = posterior.predict(data, draws=draws, generator=generator)
+    predictive = posterior.predict(data, draws=draws, kind=kind, generator=generator)
     entropy = -(predictive.mean_probs.clamp_min(1e-12).log() * predictive.mean_probs).sum(-1)
     each = -(predictive.probs.clamp_min(1e-12).log() * predictive.probs).sum(-1).mean(0)
     for line, probs, total, expected in zip(lines, predictive.mean_probs, entropy, each, strict=True):

@@ -30,6 +30,7 @@ from pyrolora.inference.laplace import Laplace
 from pyrolora.inference.map import MAP
 from pyrolora.inference.nuts import NUTS
 from pyrolora.inference.posterior import Posterior
+from pyrolora.inference.released import ReleasedBLoB
 from pyrolora.inference.schedules import BlockSchedule
 from pyrolora.inference.svi import SVI
 from pyrolora.inference.vbll import VBLL
@@ -37,6 +38,7 @@ from pyrolora.models.adapters import (
     S2FT,
     CorDA,
     FullRank,
+    LabelLoRA,
     LastLayer,
     LoRA,
     LoRAPool,
@@ -51,6 +53,7 @@ STEPS = 2
 ADAPTERS = {
     "LoRA": (LoRA(rank=2),),
     "LoRA+LastLayer": (LoRA(rank=2), LastLayer()),
+    "LoRA+LabelLoRA": (LoRA(rank=2), LabelLoRA(rank=2)),
     "LastLayer": (LastLayer(),),
     "PoLAR+LastLayer": (PoLAR(rank=2), LastLayer()),
     "PiSSA": (PiSSA(rank=2, iterations=4),),
@@ -131,6 +134,7 @@ DTYPES = [
         ("SVI BLoB", "example"),
         ("SVI BLoB", "weight"),
         ("SVI BLoB", "token"),
+        ("SVI BLoB", "flipout"),
         *((name, "example") for name in ENGINES),
     )
     for dtype in (torch.float32, torch.bfloat16, torch.float64)
@@ -256,6 +260,18 @@ def test_every_prior_works_or_says_why_not(make, tmp_path, engine, prior):
             fit()
         return
     check_contract(model, fit(), tmp_path / "posterior")
+
+
+RELEASED = {"*.lora_A": dist.Normal(0.0, 0.2), "*.lora_B": Flat()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=readable)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=readable)
+@pytest.mark.parametrize("engine", ["released", "natural widths"])
+def test_engines_that_know_few_priors_keep_the_contract_under_those(make, tmp_path, engine, dtype, checkpointing):
+    model = make("LoRA+LabelLoRA", dtype, checkpointing, RELEASED)
+    made = ReleasedBLoB(steps=STEPS) if engine == "released" else SVI(guide=BLoB(), steps=STEPS, width="natural")
+    check_contract(model, made.fit(model, model.task.train, progress=False), tmp_path / "posterior")
 
 
 @pytest.mark.parametrize("engine", [name for name in ENGINES if name.startswith("SVI")])

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from importlib.metadata import entry_points
 
 import pytest
@@ -163,6 +164,24 @@ class TestOtherCommands:
         assert (tmp_path / "judged" / "report.md").read_text().strip() in result.stdout
         (row,) = Report.load(tmp_path / "judged").rows
         assert (row.method, row.draws, row.examples) == (str(kept), 2, 300)
+
+    def test_a_kind_of_prediction_and_foreign_tasks_of_the_same_folder(self, kept, reviews, tmp_path):
+        (amazon,) = reviews.glob("amazon*")
+        for name in ("amazon", "yelp"):
+            shutil.copy(amazon, tmp_path / amazon.name.replace("amazon", name))
+        flags = ("--data-dir", tmp_path, "--kind", "flipout", "--draws", 2, "--quiet")
+        result = run("evaluate", kept, *flags, "--ood", "uci_sentiment_yelp", "--out", tmp_path / "judged")
+        assert result.exit_code == 0, result.output
+        (row,) = Report.load(tmp_path / "judged").rows
+        assert row.kind == "flipout"
+        assert "uci_sentiment_yelp" in result.stdout
+        plain, token = (
+            run("predict", kept, "a sad case", "--data-dir", reviews, "--kind", kind).stdout
+            for kind in ("mean", "token")
+        )
+        assert json.loads(plain)["probability"] != json.loads(token)["probability"]
+        wrong = run("predict", kept, "a sad case", "--data-dir", reviews, "--kind", "flip")
+        refused(wrong, "has no prediction of kind 'flip'. Did you mean 'flipout'?")
 
     @pytest.mark.parametrize("how", ["arguments", "standard input"])
     def test_predict_prints_one_json_object_a_line(self, kept, reviews, how):

@@ -109,6 +109,17 @@ def test_a_weight_that_the_data_do_not_touch_keeps_its_own_prior_scale(three_top
     torch.testing.assert_close(factor.scale.detach(), scale.expand(factor.loc.shape), rtol=1e-9, atol=0)
 
 
+def test_widths_of_a_learned_prior_do_not_run_away_with_it(three_topics_model, three_topics):
+    scales = {}
+    for width in ("gradient", "natural"):
+        prior = learned(0.1, per=("layer", "rank"), strength=0.0, after=0.0)
+        model = three_topics_model(torch.float32, prior=prior, task=three_topics(train=48))
+        engine = SVI(guide=MeanField(), steps=100, kl_weight=0.01, width=width)
+        fitted = engine.fit(model, model.task.train, progress=False)
+        scales[width] = max(float(value.max()) for value in fitted.model.prior.scales.values())
+    assert scales["natural"] < 2 * scales["gradient"]
+
+
 class TestRefusals:
     def test_what_has_no_best_width_is_refused_before_the_first_step(self, three_topics_model):
         for prior, guide, message in (

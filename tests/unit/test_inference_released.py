@@ -1,5 +1,6 @@
 """ReleasedBLoB against a transcription of the published equations in float64, fed with the same noise."""
 
+import dataclasses
 import math
 
 import pyro.distributions as dist
@@ -11,7 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from pyrolora.guides import BLoB, MeanField, build_guide
 from pyrolora.guides import local as local_noise
 from pyrolora.inference.released import ReleasedBLoB, ReleasedRun
-from pyrolora.models.adapters import LoRA
+from pyrolora.inference.svi import SVI
+from pyrolora.models.adapters import LabelLoRA, LoRA
 from pyrolora.models.backbones import Backbone
 from pyrolora.models.prior_declarations import Flat, learned
 
@@ -62,12 +64,15 @@ def model(three_topics_model, monkeypatch):
     monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
     # the transcription draws noise for the last block's queries that nobody reads, which the library leaves out
     monkeypatch.setattr(Backbone, "_restrict", lambda self, positions: None)
-    return three_topics_model(adapter=LoRA(rank=2, alpha=4.0, layers=(1, 2)), prior=PRIOR)
+    return three_topics_model(
+        adapter=[LoRA(rank=2, alpha=4.0, layers=(1, 2)), LabelLoRA(rank=2, alpha=4.0)], prior=PRIOR
+    )
 
 
 def transcription(model, start, noise):
-    """The released loop in plain torch: hooks, autograd for the KL as well, and numbers written out."""
+    """The released loop in plain torch: hooks, the whole vocabulary, autograd for the KL as well, numbers written out."""
     data = model.encode(model.task.train)
+    label_ids = torch.tensor(data.label_ids)
     places = [
         (kind, i, path)
         for i in range(2)
@@ -77,9 +82,13 @@ def transcription(model, start, noise):
     means = {(k, i): start[f"{k}.lora_A.loc"][i].clone().requires_grad_() for k, i, _ in places}
     roots = {(k, i): start[f"{k}.lora_A.root_scale"][i].clone().requires_grad_() for k, i, _ in places}
     ups = {(k, i): start[f"{k}.lora_B.value"][i].clone().requires_grad_() for k, i, _ in places}
+    network, scale = model.backbone.network, 4.0 / 2
+    vocabulary, head = network.lm_head.weight, "lm_head"
+    means[head] = start["lm_head.lora_A.loc"].clone().requires_grad_()
+    roots[head] = start["lm_head.lora_A.root_scale"].clone().requires_grad_()
+    ups[head] = torch.zeros(vocabulary.shape[0], 2, dtype=torch.float64).requires_grad_()
     adam = torch.optim.AdamW([*means.values(), *ups.values()], lr=RATE, eps=1e-6, weight_decay=0.0)
     sgd = torch.optim.SGD([*means.values(), *ups.values(), *roots.values()], lr=SGD_RATE)
-    network, scale = model.backbone.network, 4.0 / 2
 
     def hook(key):
         def change(module, args, output):
@@ -94,7 +103,6 @@ def transcription(model, start, noise):
         return change
 
     handles = [network.get_submodule(path).register_forward_hook(hook((k, i))) for k, i, path in places]
-    label_ids = torch.tensor(data.label_ids)
     # N = 12 rows, three whole batches
     cycle = int(100 * 12 ** (3.14159 / GAMMA) / BATCH)
     warm = 0.4 * STEPS
@@ -105,11 +113,14 @@ def transcription(model, start, noise):
         rows = [(step % 3) * BATCH + j for j in range(BATCH)]
         batch = data.batch(rows)
         mask = batch["attention_mask"]
-        out = network(
+        states = network.model(
             input_ids=batch["input_ids"], attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
-        ).logits
+        ).last_hidden_state
         last = (mask * torch.arange(mask.shape[1])).argmax(1)
-        functional.cross_entropy(out[torch.arange(BATCH), last][:, label_ids], batch["labels"]).backward()
+        # at the other positions the head's noise meets no loss
+        features = states[torch.arange(BATCH), last][:, None]
+        logits = hook(head)(None, (features,), features @ vocabulary.T)[:, 0]
+        functional.cross_entropy(logits[:, label_ids], batch["labels"]).backward()
         adam.step()
         adam.zero_grad()
         i = step % cycle + 1
@@ -124,7 +135,14 @@ def transcription(model, start, noise):
         sgd.zero_grad()
     for handle in handles:
         handle.remove()
+    others = torch.ones(vocabulary.shape[0], dtype=torch.bool)
+    others[label_ids] = False
+    assert not ups[head][others].any(), "only rows of labels ever learn"
     return {
+        "lm_head.lora_A.loc": means[head].detach(),
+        "lm_head.lora_A.root_scale": roots[head].detach(),
+        "lm_head.lora_B.value": ups[head][label_ids].detach(),
+    } | {
         f"{kind}.{name}": torch.stack([values[kind, i].detach() for i in range(2)])
         for kind in ("q_proj", "v_proj")
         for name, values in (("lora_A.loc", means), ("lora_A.root_scale", roots), ("lora_B.value", ups))
@@ -171,10 +189,13 @@ def test_the_start_is_the_released_one(model):
     roots = torch.cat([f.root_scale.flatten() for name, f in guide.items() if name.endswith("lora_A")])
     assert 0.05 / math.sqrt(2) <= roots.min() < 0.036
     assert 0.049 < roots.max() <= 0.05
-    one, other = (
-        parameters(ReleasedBLoB(seed=seed, batch_size=BATCH).iterate(model, model.task.train)) for seed in (0, 1)
-    )
-    assert not torch.equal(one["q_proj.lora_A.root_scale"], other["q_proj.lora_A.root_scale"])
+    for engine in (ReleasedBLoB(batch_size=BATCH), SVI(guide=BLoB(variant="release"))):
+        one, again, other = (
+            parameters(dataclasses.replace(engine, seed=seed).iterate(model, model.task.train)) for seed in (0, 0, 1)
+        )
+        assert torch.equal(one["q_proj.lora_A.root_scale"], again["q_proj.lora_A.root_scale"])
+        assert not torch.equal(one["q_proj.lora_A.root_scale"], other["q_proj.lora_A.root_scale"])
+        assert not torch.equal(one["q_proj.lora_A.root_scale"], one["v_proj.lora_A.root_scale"])
 
 
 def test_data_come_in_a_fixed_order_and_what_fills_no_batch_is_left_out(model):
@@ -206,7 +227,8 @@ def test_an_interrupted_fit_resumes(model, tmp_path):
         ({"average": 0.5}, "no average but 0.0"),
         ({"guide": MeanField()}, "ReleasedBLoB fits BLoB"),
         ({"guide": BLoB()}, "ReleasedBLoB fits BLoB"),
-        ({"gamma": 0.0}, "gamma must be positive"),
+        ({"gamma": 0.0}, "gamma must be at least 1"),
+        ({"gamma": 1e-3}, "gamma must be at least 1"),
     ],
 )
 def test_what_the_release_does_not_have_is_refused(settings, words):

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch.func import functional_call, vmap
 
-from pyrolora.models.adapters import Adapter, LastLayer, LoRA
+from pyrolora.models.adapters import Adapter, LabelLoRA, LastLayer, LoRA
 from pyrolora.models.backbones import Backbone
 from pyrolora.models.sites import SiteTable
 
@@ -73,6 +73,24 @@ class TestAgainstPEFT:
         before = backbone.features(ROWS)
         backbone.bind(adapter.deltas(sites, start))
         assert torch.equal(backbone.features(ROWS), before)
+
+    def test_label_rows_change_as_pefts_head_does(self, three_topics_model):
+        model = three_topics_model(adapter=LabelLoRA(rank=3, alpha=5.0))
+        draw = random_draw(model.sites.values())
+        config = LoraConfig(r=3, lora_alpha=5, target_modules=["lm_head"])
+        peft = get_peft_model(copy.deepcopy(model.backbone.network), config).double().eval()
+        encoded = model.encode(model.task.test)
+        ids = list(encoded.label_ids)
+        rows = torch.zeros(peft.get_output_embeddings().weight.shape[0], 3, dtype=torch.float64)
+        rows[ids] = draw["lm_head.lora_B"]
+        keys = (f"base_model.model.lm_head.lora_{name}.weight" for name in "AB")
+        loaded = set_peft_model_state_dict(peft, dict(zip(keys, (draw["lm_head.lora_A"], rows), strict=True)))
+        assert not loaded.unexpected_keys
+        batch = encoded.batch([0, 1, 2])
+        whole = peft(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        found = model.row_logits(batch, draw)
+        assert (found - model.row_logits(batch, model.initial())).abs().max() > 0.1
+        torch.testing.assert_close(found, whole[:, -1, ids], atol=1e-5, rtol=0)
 
 
 class TestDraws:
@@ -174,6 +192,14 @@ class TestRefusals:
     def test_settings_that_do_not_fit_the_network(self, backbone, settings, message):
         with pytest.raises(ValueError, match=re.escape(message).replace(r"\.\*", ".*")):
             sites_of(backbone, **settings)
+
+    def test_the_label_rows_need_to_exist_and_to_be_wide_enough(self, backbone):
+        with pytest.raises(ValueError, match="LabelLoRA needs label rows, and this task scores options instead"):
+            LabelLoRA().sites(backbone, None)
+        with pytest.raises(ValueError, match=r"Rank 33 exceeds the 32 features of the network"):
+            LabelLoRA(rank=33).sites(backbone, 3)
+        with pytest.raises(ValueError, match=r"must be positive; got 0 and 16.0"):
+            LabelLoRA(rank=0)
 
     def test_the_last_layer_needs_label_rows(self, backbone):
         with pytest.raises(ValueError, match="LastLayer needs label rows, and this task scores options"):

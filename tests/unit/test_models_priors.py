@@ -232,6 +232,25 @@ class TestRelevance:
         best = (estimate.square().mean(-1, keepdim=True) - 1 / precision).sqrt()
         torch.testing.assert_close(prior.scales[A.name], best, rtol=1e-10, atol=0)
 
+    def test_a_part_that_only_adds_noise_is_switched_off_down_to_the_floor_of_its_strength(self):
+        """Curvature without a signal on one rank, both on another, neither on the third."""
+        start, strength = 0.1, 0.01
+        prior = Prior(
+            {"*_A": learned(start, strength=strength, after=0.0, per="rank"), "*_B": Flat()}, SITES, dtype=torch.float64
+        )
+        precision = torch.tensor([1e6, 1e6, 0.0], dtype=torch.float64)[:, None]
+        signal = torch.tensor([0.0, 0.3, 0.0], dtype=torch.float64)[:, None]
+        assert A.shape[1] == 3
+        for _ in range(500):
+            variance = 1 / (precision + prior.scales[A.name].pow(-2))
+            moments = ((variance * precision * signal).square() + variance).expand(A.shape)
+            prior.update_scales({A.name: moments}, progress=1.0)
+        noise, used, silent = prior.scales[A.name].flatten().tolist()
+        floor = start * (strength / (1 + strength)) ** 0.5
+        assert floor < noise < 1.02 * floor
+        assert used == pytest.approx(0.3, rel=0.01)
+        assert silent == pytest.approx(start, rel=1e-6)
+
     def test_updates_come_every_so_many_steps(self):
         prior = Prior({"*_A": learned(0.1, after=0.25, every=3, per="rank"), "*_B": learned(0.1)}, SITES)
         due = [prior.due_scales(step / 10, step) for step in range(1, 11)]

@@ -172,20 +172,60 @@ class TestLetter:
         assert not set(spaced) & set(tight)
 
     @pytest.mark.parametrize(
-        ("name", "line", "letters"),
+        ("name", "question", "heading", "letters"),
         [
-            ("arc_easy_paper", "Choices:", 5),
-            ("arc_challenge_paper", "Choices:", 5),
-            ("openbookqa_paper", "Chioces:", 4),
+            ("arc_easy_paper", "question", "Choices:", 5),
+            ("arc_challenge_paper", "question", "Choices:", 5),
+            ("openbookqa_paper", "question_stem", "Chioces:", 4),
         ],
     )
-    def test_the_released_prompts(self, name, line, letters):
-        shape = next(spec.format for spec in SHIPPED if spec.name == name)
-        assert shape.prompt(QUIZ) == (
-            "Return the label of the correct answer for the question below.\n\n"
-            f"Question: Sky?\n{line}\nred) A\nblue) B\nAnswer:"
+    def test_the_released_prompts(self, name, question, heading, letters):
+        spec = next(spec for spec in SHIPPED if spec.name == name)
+        for keys in ("AB", "12"):
+            row = {
+                question: "Sky {x}?",
+                "choices": {"text": ["{letter}", "blue"], "label": list(keys)},
+                "answerKey": keys[1],
+            }
+            example = spec.reader(Row(row, "train", 0))
+            assert example.label == 1
+            assert spec.format.prompt(example) == (
+                "Return the label of the correct answer for the question below.\n\n"
+                f"Question: Sky {{x}}?\n{heading}\n{{letter}}) {keys[0]}\nblue) {keys[1]}\nAnswer:"
+            )
+        assert len(spec.format.labels) == letters
+
+    def test_the_released_prompt_of_mmlu_lists_its_options_the_other_way_round_under_any_tasks_instruction(self):
+        specs = {spec.name: spec for spec in SHIPPED}
+        row = {"question": "Sky?", "choices": ["red", "blue"], "answer": 1}
+        example = specs["mmlu_college_physics_paper"].reader(Row(row, "test", 0))
+        wanted = "Question: Sky?\nChoices:\nA) red\nB) blue\nAnswer:"
+        for name in ("mmlu_college_physics_paper", "openbookqa_paper"):
+            assert specs[name].format.prompt(example).endswith(wanted)
+
+    def test_released_labels_are_the_last_token_of_the_word_by_itself(self):
+        # it marks the beginning of a text, as Llama 2's does: a letter by itself is another token than after ":"
+        vocabulary = {piece: number for number, piece in enumerate(["?", "▁", ":", *"AB", "▁A", "▁B", "▁Answer"])}
+        inner = Tokenizer(models.WordPiece(vocabulary, unk_token="?", continuing_subword_prefix=""))
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?")
+        alone, after = (
+            Letter("{options}Answer:", ("A", "B"), separator=separator).label_ids(tokenizer) for separator in (None, "")
         )
-        assert len(shape.letters) == letters
+        assert tokenizer.convert_ids_to_tokens(list(alone)) == ["▁A", "▁B"]
+        assert tokenizer.convert_ids_to_tokens(list(after)) == ["A", "B"]
+        with pytest.raises(ValueError, match="'AB' and 'BB' end in the same token"):
+            Verbaliser("{text}", ("AB", "BB"), separator=None).label_ids(tokenizer)
+
+    def test_a_prompt_may_lose_its_end_instead(self, plain, caplog):
+        with caplog.at_level(logging.WARNING, logger="pyrolora"):
+            (row,) = Verbaliser("News: {text}\nTopic:", ("a", "b"), truncation="right").encode(
+                plain, [Example({"text": "x" * 50}, 0)], 30
+            )
+        assert text_of(plain, row.input_ids) == "News: " + "x" * 24
+        assert caplog.records[0].message.endswith("lost their end")
+        with pytest.raises(ValueError, match="truncation='middle', expected 'left' or 'right'"):
+            Letter(truncation="middle")
 
     def test_the_released_prompts_that_end_a_sequence(self, smollm2):
         tokenizer = smollm2.tokenizer
@@ -210,7 +250,7 @@ class TestLetter:
                 assert encoded.input_ids[-1] == tokenizer.eos_token_id
                 assert len(encoded) <= room
                 text = tokenizer.decode(encoded.input_ids[:-1])
-                assert spec.format.prompt(shown).endswith(text.removeprefix(tokenizer.bos_token or ""))
+                assert spec.format.prompt(shown).startswith(text.removeprefix(tokenizer.bos_token or ""))
         words = {word: tokenizer(word, add_special_tokens=False).input_ids[-1] for word in ("True", "False", "A", "B")}
         assert boolq.format.label_ids(tokenizer) == (words["True"], words["False"])
         assert winogrande.format.label_ids(tokenizer) == (words["A"], words["B"])
