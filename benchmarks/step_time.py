@@ -5,7 +5,7 @@ Usage::
     python benchmarks/step_time.py --dtype float32 --steps 30
 
 Every contender sees the same batches of 16 BBC headlines, adapts the same q and v projections of SmolLM2-135M at rank 8,
-and uses Adam. Steps are taken in turn, so a change of the machine's speed meets all of them; the ratios of medians are the
+and uses Adam. Steps are taken in turn, so a change of the machine's speed meets all of them; medians of ratios are the
 result, the times are not.
 """
 
@@ -90,6 +90,12 @@ def ours(engine: pl.SVI, model: pl.BayesianModel, data: Split) -> Callable[[Mapp
     return step
 
 
+def ratio(above: list[float], below: list[float]) -> str:
+    """Median of the ratios of steps on the same batch, with their quartiles."""
+    quartiles = statistics.quantiles([a / b for a, b in zip(above, below, strict=True)], n=4)
+    return f"{quartiles[1]:.2f} ({quartiles[0]:.2f} to {quartiles[2]:.2f})"
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,16 +130,15 @@ def main() -> None:
             step(batch)
             if index >= 3:
                 seconds[name].append(time.perf_counter() - began)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
     references = [name for name in contenders if name.startswith(("hand", "PEFT"))]
     print(
         f"{arguments.device}, dtype {arguments.dtype}, batch {arguments.batch_size}, {arguments.steps} interleaved steps\n"
     )
     print("| contender | median ms | " + " | ".join(f"ratio to {name}" for name in references) + " |")
     print("|---|---|" + "---|" * len(references))
-    for name, median in medians.items():
-        ratios = " | ".join(f"{median / medians[reference]:.3f}" for reference in references)
-        print(f"| {name} | {1000 * median:.1f} | {ratios} |")
+    for name, values in seconds.items():
+        ratios = " | ".join(ratio(values, seconds[reference]) for reference in references)
+        print(f"| {name} | {1000 * statistics.median(values):.1f} | {ratios} |")
 
 
 if __name__ == "__main__":
