@@ -8,7 +8,8 @@ Usage::
 Every cell is one fit of one variant under one seed, judged under every kind of draw that the tables need, and kept as a JSON
 file; cells that are there are not computed again, and several processes may work on one folder. Intervals are Student's t
 across seeds. The second table of a task holds differences to the first row, paired by seed: where an interval holds zero, the
-answer is "no difference that these seeds can see". ``release`` is the released algorithm at its own rates and batch size.
+answer is "no difference that these seeds can see". ``release`` is the released algorithm at its own rates and batch size, on
+queries and values alone, and ``release with its head`` on the label rows too, where there are any.
 """
 
 import argparse
@@ -36,6 +37,8 @@ TASKS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "uci_sentiment": (300, 300, ("uci_sentiment_yelp", "uci_sentiment_imdb")),
     "arc_easy": (1000, 1000, ()),
 }
+# whose options are scored by their likelihood, so that there are no label rows
+SCORED = ("arc_easy",)
 # priors of A and B with the weight of the KL that was chosen for them, see docs/choices.md
 NARROW: dict[str, Any] = {"*": dist.Normal(0.0, 0.05)}
 WIDE: dict[str, Any] = {"*.lora_A": dist.Normal(0.0, 0.2), "*.lora_B": pl.Flat()}
@@ -50,6 +53,7 @@ class Variant:
     kinds: tuple[str, ...] = ("mc",)
     settings: Mapping[str, Any] = field(default_factory=dict)
     released: bool = False
+    head: bool = False
 
     def engine(self, seed: int, steps: int, release_steps: int) -> SVI:
         """The engine under one seed."""
@@ -69,6 +73,7 @@ VARIANTS = {
     "learned scales": Variant(RELEVANCE, settings=COLD),
     "learned scales, natural widths": Variant(RELEVANCE, settings={**COLD, "width": "natural"}),
     "release": Variant(WIDE, ("flipout", "mc"), released=True),
+    "release with its head": Variant(WIDE, ("flipout", "mc"), released=True, head=True),
 }
 
 
@@ -95,7 +100,8 @@ def judge(arguments: argparse.Namespace, name: str, variant: Variant, seed: int)
     train_size, test_size = (min(arguments.limit or size, size) for size in (train_size, test_size))
     task = load(name, arguments.data_dir, train_size, seed)
     tests = {other: load(other, arguments.data_dir).test for other in shifts} | {name: task.test}
-    model = pl.BayesianModel(network(arguments.dtype, arguments.device), task, prior=dict(variant.prior))
+    adapters = [pl.LoRA(), *([pl.LabelLoRA()] if variant.head else [])]
+    model = pl.BayesianModel(network(arguments.dtype, arguments.device), task, adapters, prior=dict(variant.prior))
     began = time.perf_counter()
     engine = variant.engine(seed, arguments.steps, arguments.release_steps)
     posterior = engine.fit(model, task.train, progress=False)
@@ -173,7 +179,13 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="print what is there and compute nothing")
     arguments = parser.parse_args()
     names, variants = arguments.tasks.split(","), arguments.variants.split(";")
-    keys = [(name, variant, seed) for seed in range(arguments.seeds) for name in names for variant in variants]
+    keys = [
+        (name, variant, seed)
+        for seed in range(arguments.seeds)
+        for name in names
+        for variant in variants
+        if not (VARIANTS[variant].head and name in SCORED)
+    ]
     deciding = {key: getattr(arguments, key) for key in ("steps", "release_steps", "draws", "dtype", "limit")}
     identities = [{"task": name, "variant": variant, "seed": seed, **deciding} for name, variant, seed in keys]
     cells = Cells(arguments.out)
