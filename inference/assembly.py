@@ -1,5 +1,6 @@
 """What a fit is made of before its first step, found from engine and model alone."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,10 +15,13 @@ from pyrolora.inference.logit_gradients import require_linear
 from pyrolora.inference.natural_widths import NaturalWidths
 from pyrolora.inference.noise import TOKEN_SCOPES
 from pyrolora.inference.schedules import BlockPlan
+from pyrolora.models.prior_declarations import Flat
 from pyrolora.models.program import BayesianModel
 
 if TYPE_CHECKING:
     from pyrolora.inference.svi import SVI
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,13 @@ def assemble(
         for name, factor in guide.items()
         if name in model.adapter_sites and "scale" in factor.roles.values() and not engine.integrates_out(name)
     }
+    for name in noisy:
+        if isinstance(model.prior.declared.get(name), Flat):
+            logger.warning(
+                "The posterior of %s has a width and its prior is flat, so that only the data bound it: it may grow without end. "
+                "Declare a Normal prior there, or make the site a Point().",
+                name,
+            )
     if engine.noise in TOKEN_SCOPES:
         require_linear(model, noisy)
         for factor in noisy.values():

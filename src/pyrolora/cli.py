@@ -18,6 +18,7 @@ from pyrolora.inference.evaluation.harness import evaluate
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.storage import read_config as read_config_of
 from pyrolora.models.adapters import Adapter
+from pyrolora.models.atomic import replacing_folder
 from pyrolora.models.backbones import Backbone
 from pyrolora.models.declarations import declared, declared_prior
 from pyrolora.models.loading import load_backbone
@@ -255,6 +256,24 @@ def pool_command(
 
     pool_of([_load(folder, model, dtype, device, data_dir) for folder in folders]).save_pretrained(out)
     typer.echo(f"Pool of {len(folders)} members written to {out}.")
+
+
+@_command
+def merge_command(
+    folder: Annotated[Path, typer.Argument(help="Folder of a posterior of an image task.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the classifier; one that exists is replaced.")],
+    data_dir: DataDir = None,
+    model: Model = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Write the posterior mean as a plain transformers image classifier, which needs nothing of this library."""
+    from pyrolora.inference.merging import merge
+
+    network = merge(_load(folder, model, dtype, device, data_dir))
+    with replacing_folder(out) as partial:
+        network.save_pretrained(partial)
+    typer.echo(f"Classifier written to {out}.")
 
 
 @_command

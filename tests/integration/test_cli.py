@@ -74,7 +74,7 @@ def test_the_entry_point_is_this_command_line():
     assert script.load() is cli.app
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("compare", "fit", "evaluate", "predict", "sites"):
+    for command in ("compare", "fit", "evaluate", "predict", "merge", "sites"):
         assert command in result.stdout
 
 
@@ -183,6 +183,13 @@ class TestOtherCommands:
         wrong = run("predict", kept, "a sad case", "--data-dir", reviews, "--kind", "flip")
         refused(wrong, "has no prediction of kind 'flip'. Did you mean 'flipout'?")
 
+    def test_a_posterior_over_a_language_model_is_not_merged(self, kept, reviews, tmp_path):
+        refused(
+            run("merge", kept, "--data-dir", reviews, "--out", tmp_path / "merged"),
+            "reads text. Use merged(model, draw)",
+        )
+        assert not list(tmp_path.iterdir())
+
     @pytest.mark.parametrize("how", ["arguments", "standard input"])
     def test_predict_prints_one_json_object_a_line(self, kept, reviews, how):
         texts = ["i love this phone", "a sad case"]
@@ -272,6 +279,7 @@ class TestRefusals:
 
 def test_pictures_and_a_joined_task(tmp_path):
     from PIL import Image
+    from transformers import AutoModelForImageClassification
 
     from pyrolora.models.tasks import task
     from pyrolora.models.vision.loading import tiny_vit
@@ -308,4 +316,8 @@ def test_pictures_and_a_joined_task(tmp_path):
     assert sum(line["probability"].values()) == pytest.approx(1, abs=1e-2)
     missing = run("predict", kept, "no.png", *own)
     assert missing.exit_code == 2
+    merged = run("merge", kept, *own, "--out", tmp_path / "merged")
+    assert merged.exit_code == 0, merged.output
+    network = AutoModelForImageClassification.from_pretrained(tmp_path / "merged")
+    assert tuple(network.config.id2label.values()) == tuple(line["probability"])
     assert "No picture at 'no.png'" in missing.output

@@ -1,5 +1,6 @@
 """The optimisation loop: oracles, history, schedule, settings, failures."""
 
+import logging
 import math
 
 import pyro
@@ -258,3 +259,12 @@ def test_the_last_iterates_are_averaged(three_topics_model, average, count):
 def test_an_average_out_of_range_is_refused(average):
     with pytest.raises(ValueError, match=r"average is a fraction of the steps in \[0, 1\)"):
         MAP(average=average)
+
+
+def test_a_width_under_a_flat_prior_is_remarked_on(three_topics_model, caplog):
+    model = three_topics_model(prior={"*.lora_A": dist.Normal(0.0, 0.1), "*.lora_B": Flat()})
+    with caplog.at_level(logging.WARNING, logger="pyrolora"):
+        SVI(guide=BLoB()).iterate(model, model.task.train)
+        assert not caplog.records
+        SVI(guide=MeanField()).iterate(model, model.task.train)
+    assert [record.args for record in caplog.records] == [("q_proj.lora_B",), ("v_proj.lora_B",)]
