@@ -69,7 +69,7 @@ def assemble(
     for name in noisy:
         if isinstance(model.prior.declared.get(name), Flat):
             logger.warning(
-                "The posterior of %s has a width and its prior is flat, so that only the data bound it: it may grow without end. "
+                "The posterior of %s has a width and its prior is flat: only the data bound it, and it may grow without end. "
                 "Declare a Normal prior there, or make the site a Point().",
                 name,
             )
