@@ -214,8 +214,8 @@ def require_one_answer(sides: Mapping[str, Any], batch: Batch) -> None:
     found = {name: side.logits(batch).float() for name, side in sides.items()}
     wanted = found["PEFT, full logits, float32"]
     for name, logits in found.items():
-        # bfloat16 keeps three digits of logits near 20
-        atol = 0.5 if name.endswith("bfloat16") else 1e-2
+        # bfloat16 moves logits near 20 by half a unit, a wrong position by several
+        atol = 1.0 if name.endswith("bfloat16") else 1e-2
         torch.testing.assert_close(logits, wanted, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
