@@ -104,11 +104,12 @@ def evaluate_episodes(
         scores = evaluate_episodes(TaskMerging(pool, MergeRule(sharpness=8.0)), target.test)
 
     As many episodes as memory is meant to bear go through the network at once, a merged network for each. The attack sees
-    what it attacks: the merge, and the mean over draws. Episodes are the same for every posterior, so results pair.
+    what it attacks: the merge, and the mean over draws. Episodes are the same for every posterior, so results pair. Labelled
+    images are as many as the data say: a posterior that was tuned on five shots is judged on one where the data have one.
 
     Args:
         posterior: over the sites of a model of episodes, or a pool with the way it is merged.
-        data: episodes, of the model's task or of another domain with as many ways, shots and queries.
+        data: episodes, of the model's task or of another domain with as many ways and queries; shots are the data's own.
         attack: on the pixels of the queries; None for none.
         draws: draws of the posterior; 1 takes its mean.
         seed: of augmentation, draws and the attack's start.

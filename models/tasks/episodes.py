@@ -102,11 +102,13 @@ class EpisodeSplit(Split):
         count: number of episodes.
         rows_each: queries of one episode.
         seed: decides the episodes; the i-th depends on the seed and i alone.
+        shots: labelled images of each class; a model that was tuned with another number answers by prototypes of these.
     """
 
     count: int = COUNTS[-1]
     rows_each: int = 5 * QUERIES
     seed: int = 0
+    shots: int = 1
 
     def __len__(self) -> int:
         return self.count * self.rows_each
@@ -175,7 +177,7 @@ def episodic(
         chosen = set(kept.tolist())
         examples = tuple(example for example in pool if example.label in chosen)
         _check_pool(examples, form, f"{task.name} {name}")
-        splits.append(EpisodeSplit(name, task.name, examples, ways, count, form.rows, _mixed(seed, number)))
+        splits.append(EpisodeSplit(name, task.name, examples, ways, count, form.rows, _mixed(seed, number), shots))
     named = f"{task.name}:{ways}w{shots}s{queries}q"
     train, validation, test = splits
     return Task(named, form.labels, form, train, validation, test, description=task.description, licence=task.licence)
@@ -320,8 +322,8 @@ def encode_episodes(split: Split, form: EpisodeClasses, *, channels: int, size: 
     """Put episodes to a network's size: ``encode_episodes(task.test, task.format, channels=1, size=28, tokens=17)``.
 
     Args:
-        split: episodes, of this task or of another one.
-        form: the episodes' format.
+        split: episodes, of this task or of another one, with any number of shots: prototypes are means of however many.
+        form: the format that the model was made for; its ways and queries are the split's as well.
         channels: see `encode_images`.
         size: see `encode_images`.
         tokens: see `encode_images`.
@@ -330,16 +332,20 @@ def encode_episodes(split: Split, form: EpisodeClasses, *, channels: int, size: 
         ValueError: a split that is none of episodes, or whose episodes have another format.
     """
     if not isinstance(split, EpisodeSplit):
-        raise ValueError(
-            f"{split.task} {split.name} is no split of episodes. Name the task "
-            f"'{split.task}:{form.ways}w{form.shots}s', or make it with episodic(task)."
+        named = named_episodes(split.task)
+        remedy = (
+            f"Name the task '{split.task}:{form.ways}w{form.shots}s', or make it with episodic(task)."
+            if named is None
+            else "Single images cannot be classified without labelled ones beside them: give a split of "
+            f"task({split.task!r}), or judge the posterior with 'pyrolora episodes'."
         )
+        raise ValueError(f"{split.task} {split.name} is no split of episodes. {remedy}")
     if split.rows_each != form.rows or split.classes != form.ways:
         raise ValueError(
             f"{split.task} {split.name} has episodes of {split.classes} classes and {split.rows_each} queries, and the "
-            "model's "
-            f"have {form.ways} and {form.rows}. Draw both with the same ways, shots and queries."
+            f"model's have {form.ways} and {form.rows}. Draw both with the same ways and queries; shots may differ."
         )
+    form = replace(form, shots=split.shots)
     _check_pool(split.examples, form, f"{split.task} {split.name}")
     images = encode_images(split, ImageClasses(form.labels), channels=channels, size=size, tokens=tokens)
     return EncodedEpisodes(

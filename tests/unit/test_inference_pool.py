@@ -299,6 +299,17 @@ class TestEvaluation:
         other = episodic(task("digits"), ways=2, shots=2, queries=3, counts=(2, 2, 4))
         assert len(evaluate_episodes(members[0], other.test, progress=False).accuracy) == 4
 
+    def test_labelled_images_are_as_many_as_the_data_have(self, model, members, three_shapes):
+        one = episodic(three_shapes(train=30, validation=9, test=9), ways=2, shots=1, queries=3, counts=(2, 2, 5))
+        own = BayesianModel(model.backbone, one, adapter=MEMBER, prior=Relative(0.1), constants=model.constants)
+        batch = own.encode(one.test).batch(list(range(30)))
+        assert batch["support"].shape[:2] == (5, 2)
+        expected = own.row_logits(batch, members[0].mean()).softmax(-1).float()
+        found = evaluate_episodes(members[0], one.test, progress=False).probs.flatten(0, 1)
+        torch.testing.assert_close(found, expected)
+        with pytest.raises(ValueError, match="2 classes and 4 queries, and the model's have 2 and 6"):
+            evaluate_episodes(members[0], episodic(three_shapes(train=30), ways=2, shots=2, queries=2).test)
+
     def test_no_episodes_are_refused(self, three_shapes_model):
         model = three_shapes_model()
         posterior = SVI(steps=1).fit(model, model.task.train, progress=False)
