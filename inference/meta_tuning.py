@@ -109,6 +109,11 @@ class MetaTuning(SVI):
                 f"Unknown direction {self.direction!r} of the divergence. Did you mean "
                 f"{nearest(self.direction, DIRECTIONS)!r}? Directions: {', '.join(DIRECTIONS)}."
             )
+        if self.retaining is not None:
+            raise ValueError(
+                "The classes of an episode are numbered anew in each, so there is nothing of theirs to retain. Leave "
+                "retaining out, or use MAP or SVI on a task of classes."
+            )
         for name, value in {"schedule": None, "particles": 1}.items():
             if getattr(self, name) != value:
                 raise ValueError(f"Meta-tuning has no {name} but {value}; got {getattr(self, name)!r}. Leave it out.")
@@ -131,7 +136,20 @@ class MetaTuning(SVI):
         start: Mapping[str, Tensor] | None = None,
     ) -> TrainingRun:
         """See `SVI.iterate`."""
+        self._check_backbone(model)
         return MetaTuningRun(self, model, data, generator=generator, start=start)
+
+    def check(self, model: BayesianModel, num_data: int, *, estimated: bool = False) -> None:
+        """See `SVI.check`."""
+        self._check_backbone(model)
+        super().check(model, num_data, estimated=estimated)
+
+    def _check_backbone(self, model: BayesianModel) -> None:
+        if self.attack is not None and "image" not in model.backbone.formats:
+            raise ValueError(
+                f"The attack {self.attack} moves pixels, and {model.backbone.name!r} reads none. Leave attack out, or use a "
+                "vision backbone."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """See `SVI.to_dict`."""
@@ -230,7 +248,9 @@ class MetaTuningRun(TrainingRun):
             else:
                 penalty = self.engine.adversarial_weight * divergence(clean, attacked, self.engine.direction).mean()
                 objective = functional.cross_entropy(clean, labels) + penalty
-            gradients = dict(zip(values, torch.autograd.grad(objective, list(values.values())), strict=True))
+            found = torch.autograd.grad(objective, list(values.values()), allow_unused=True)
+            # a router that has faded is no weight of the objective: it has no worst case to move to
+            gradients = {name: slope for name, slope in zip(values, found, strict=True) if slope is not None}
         centres = self.model.centres()
         factors = {name: value.detach() + centres.get(name, 0.0) for name, value in values.items()}
         source = torch.Generator().manual_seed(int(torch.randint(2**31, ())))

@@ -10,7 +10,8 @@ from torch.nn import functional
 from pyrolora.guides import BLoB, MeanField
 from pyrolora.inference.meta_tuning import MetaTuning, robust_logits
 from pyrolora.inference.perturbations import PGD, PyramidPGD, WeightPerturbation, divergence
-from pyrolora.models.adapters import LoRAPool, PiSSA
+from pyrolora.inference.retaining import QualityRetaining
+from pyrolora.models.adapters import LoRA, LoRAPool, MoEfiedLoRA, PiSSA
 from pyrolora.models.prior_declarations import Flat
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.tasks import episodic
@@ -237,6 +238,20 @@ class TestPosteriors:
         assert float(posterior.mean()["pool.weights"].sum()) == pytest.approx(1.0)
 
 
+class TestFadedRouter:
+    @pytest.mark.parametrize("mode", ["awp", "paper"])
+    def test_a_weight_that_the_objective_does_not_hold_is_not_perturbed(self, model, mode):
+        adapter = MoEfiedLoRA(rank=2, experts=4, fade_end=0.5)
+        faded = BayesianModel(model.backbone, model.task, adapter=adapter, prior=dist.Normal(0.0, 0.1))
+        perturbation = WeightPerturbation(mode, 0.01)
+        run = moved(run_of(faded, steps=4, attack=PGD(0.1), perturbation=perturbation))
+        batch = next(run._stream(0))
+        for progress, names in ((0.25, set(faded.sites)), (0.75, set(faded.sites) - {"fc1.router"})):
+            deltas = run._deltas(run._attacked({**batch, "progress": torch.tensor(progress)}))
+            assert set(deltas) == names
+        assert [math.isfinite(stats.loss) for stats in run] == [True] * 4
+
+
 class TestResuming:
     def test_an_interrupted_fit_ends_where_an_uninterrupted_one_does(self, model, tmp_path):
         settings = {"attack": PGD(0.05), "perturbation": WeightPerturbation("awp", 0.01), "checkpoint_every": 2}
@@ -266,6 +281,7 @@ class TestRefusals:
             ({"direction": "papr"}, "Did you mean 'paper'"),
             ({"noise": "token"}, "draws no weights that could be perturbed"),
             ({"particles": 2}, "no particles but 1"),
+            ({"retaining": QualityRetaining()}, "nothing of theirs to retain. Leave retaining out, or use MAP"),
         ],
     )
     def test_bad_settings(self, settings, reason):
@@ -277,3 +293,12 @@ class TestRefusals:
             MetaTuning(attack=0.03)
         with pytest.raises(TypeError, match="The perturbation is a str"):
             MetaTuning(perturbation="awp")
+
+    def test_an_attack_on_a_network_that_reads_no_pixels(self, three_topics_model):
+        text = three_topics_model(adapter=LoRA(rank=2))
+        engine = MetaTuning(attack=PGD(0.1), steps=1)
+        for refused in (lambda: engine.fit(text, text.task.train), lambda: engine.check(text, 12)):
+            with pytest.raises(
+                ValueError, match=r"The attack PGD\(epsilon=0.1, .* moves pixels, and 'tiny' reads none"
+            ):
+                refused()
