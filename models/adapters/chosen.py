@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pyrolora.models.adapters.base import Adapter
+from pyrolora.models.adapters.base import PROGRESS, Adapter
 from pyrolora.models.adapters.last_layer import LastLayer
 from pyrolora.models.adapters.lora import LoRA
 from pyrolora.models.tasks import Task
@@ -17,7 +17,8 @@ def adapters_for(task: Task, adapter: Adapter | Sequence[Adapter] | None) -> tup
 
     Raises:
         TypeError: an adapter that is none.
-        ValueError: an empty list, or a `LastLayer` for classes that are other ones in every episode.
+        ValueError: an empty list, a `LastLayer` for classes that are other ones in every episode, or a gate that reads a
+            vector of each example of them.
     """
     adapters = _as_adapters(adapter)
     has_head = any(isinstance(one, LastLayer) for one in adapters)
@@ -29,6 +30,13 @@ def adapters_for(task: Task, adapter: Adapter | Sequence[Adapter] | None) -> tup
             f"The classes of {task.name!r} are other ones in every episode, and LastLayer() has a row for each class. Leave "
             "it out: queries are compared with prototypes."
         )
+    for one in adapters:
+        # labelled images and queries go through the network side by side, and no entry of a batch has a row for each
+        if task.format.kind == "episode" and (read := [key for key in one.context_keys if key != PROGRESS]):
+            raise ValueError(
+                f"The gate of {type(one).__name__} reads {read[0]!r} of each example, and the episodes of {task.name!r} "
+                "carry images alone. Use it on a task of classes, or LoRAPool here."
+            )
     return adapters
 
 

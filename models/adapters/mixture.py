@@ -27,7 +27,7 @@ class MixtureLoRA(LoRA):
     Usage::
 
         adapter = MixtureLoRA(rank=8, alpha=16, experts=4)                     # task("next_item") has z, a SASRec state
-        adapter = MixtureLoRA(rank=8, experts=4, gate_input="prompt")          # any task: the mean embedding of the prompt
+        adapter = MixtureLoRA(rank=8, experts=4, gate_input="prompt")          # any text: the mean embedding of the prompt
         posterior = SVI(guide={"*.lora_*": Point(), "gate.weight": MeanField()}).fit(model, task.train)   # Bayesian gate
 
     Beside LoRA's sites there is ``gate.weight`` with dims ``(expert, gate_feature)``: ``w(z) = softmax(gate.weight
@@ -61,8 +61,9 @@ class MixtureLoRA(LoRA):
         name: see `LoRA`.
         experts: number of experts K; one is plain LoRA and has no gate.
         gate: ``"deterministic"``, ``"dirichlet"``, ``"concrete"`` or ``"categorical"``.
-        gate_input: entry of the batch that z is, or ``"prompt"`` for the mean input embedding of the prompt. A task of
-            recommendations also has ``"random_sequence"``, which tells nothing, as a control.
+        gate_input: entry of the batch that z is, such as any of `Example.vectors`, or ``"prompt"`` for the mean input
+            embedding of the prompt, which images do not have. A task of recommendations also has ``"random_sequence"``,
+            which tells nothing, as a control.
         gate_features: width of z; not used for ``"prompt"``, which is as wide as the network's embeddings.
         variant: ``"code"`` multiplies by ``alpha / (rank / experts)``, so that equal weights are plain LoRA; ``"paper"`` by
             ``alpha / rank``, so that they are LoRA with ``alpha / experts``.
@@ -119,10 +120,19 @@ class MixtureLoRA(LoRA):
         return (self.gate_input,) if self.experts > 1 else ()
 
     def sites(self, backbone: Backbone, classes: int | None) -> tuple[Site, ...]:
-        """See `Adapter.sites`: LoRA's, and the gate's where there is more than one expert."""
+        """See `Adapter.sites`: LoRA's, and the gate's where there is more than one expert.
+
+        Raises:
+            ValueError: see `LoRA`; or a gate that reads the prompt of a network of images.
+        """
         sites = super().sites(backbone, classes)
         if self.experts == 1:
             return sites
+        if self.gate_input == PROMPT and "image" in backbone.formats:
+            raise ValueError(
+                f"gate_input='prompt' is the mean embedding of a text, and {backbone.name!r} reads images. Give "
+                "every example a vector, as in replace(example, vectors={'state': z}), and set gate_input='state'."
+            )
         features = backbone.embedding_size if self.gate_input == PROMPT else self.gate_features
         shape = torch.Size((self.experts, features))
         return (*sites, Site(self.gate_site, shape, ("expert", "gate_feature")))

@@ -66,12 +66,15 @@ def encode(
         label_ids=label_ids,
         pad_id=int(pad_id),
         padding=padding,
-        vectors=_stacked_vectors(split),
+        vectors=stacked_vectors(split),
     )
 
 
-def _stacked_vectors(split: Split) -> dict[str, Tensor]:
-    """The vectors that every example has, ``(N, width)`` each.
+def stacked_vectors(split: Split) -> dict[str, Tensor]:
+    """The vectors that every example has, ``(N, width)`` each: ``stacked_vectors(task.train)["sequence"]``.
+
+    Args:
+        split: examples of any kind.
 
     Raises:
         ValueError: some examples have a vector and others not, or of another width.

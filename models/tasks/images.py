@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pyrolora.models.tasks.batching import EncodedSplit
+from pyrolora.models.tasks.batching import EncodedSplit, stacked_vectors
 from pyrolora.models.tasks.example import Example
 from pyrolora.models.tasks.prompts import EncodedRow
 
@@ -202,8 +202,8 @@ def _cropped(image: Tensor, size: int) -> Tensor:
 class EncodedImages(EncodedSplit):
     """A split of images at a network's size.
 
-    A batch holds ``pixel_values``, ``(B, channels, size, size)`` float32 in [0, 1], and ``labels`` and ``index``, ``(B,)``
-    int64. Decoded images are kept up to `KEPT_BYTES`.
+    A batch holds ``pixel_values``, ``(B, channels, size, size)`` float32 in [0, 1], ``labels`` and ``index``, ``(B,)``
+    int64, and a tensor ``(B, width)`` for each of `vectors`. Decoded images are kept up to `KEPT_BYTES`.
     """
 
     _kept: dict[int, Tensor] = field(default_factory=dict, repr=False)
@@ -215,6 +215,7 @@ class EncodedImages(EncodedSplit):
             "pixel_values": images.to(device).float() / 255,
             "labels": self.labels[positions],
             "index": torch.tensor(positions, dtype=torch.int64),
+            **{name: values[positions] for name, values in self.vectors.items()},
         }
         return {name: tensor.to(device) for name, tensor in tensors.items()}
 
@@ -240,7 +241,7 @@ def encode_images(split: Split, format: ImageClasses, *, channels: int, size: in
         tokens: that the network makes of an image.
 
     Raises:
-        ValueError: a split of texts.
+        ValueError: a split of texts, or vectors that some images lack.
     """
     for example in split.examples:
         if not isinstance(example, ImageExample):
@@ -262,4 +263,5 @@ def encode_images(split: Split, format: ImageClasses, *, channels: int, size: in
         label_ids=format.label_ids(None),
         pad_id=0,
         padding="right",
+        vectors=stacked_vectors(split),
     )

@@ -1,6 +1,7 @@
 """The gated low-rank change and the mixture of experts, against dense formulas, peft and Pyro's own enumeration."""
 
 import math
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -8,7 +9,7 @@ import pytest
 import torch
 from pyro.infer import TraceEnum_ELBO
 
-from pyrolora.guides import MeanField, Point, build_guide
+from pyrolora.guides import BLoB, MeanField, Point, build_guide
 from pyrolora.guides.base import SeededBy
 from pyrolora.inference.evaluation.gold import compare_to_gold
 from pyrolora.inference.laplace import Laplace
@@ -25,8 +26,9 @@ from pyrolora.models.adapters.gated import LowRankDelta, over_rank
 from pyrolora.models.adapters.last_layer import HEAD
 from pyrolora.models.backbones import Backbone
 from pyrolora.models.prior_declarations import Flat
+from pyrolora.models.program import BayesianModel
 from pyrolora.models.serving import merged
-from pyrolora.models.tasks import Example, Split
+from pyrolora.models.tasks import Example, Split, episodic
 
 RANK, ALPHA, K, D = 4, 6.0, 2, 5
 WORDS = ["red", "green", "river", "house", "sun", "snow", "fire"]
@@ -627,3 +629,77 @@ def test_the_adapter_survives_its_description(model):
     adapter = adapter_of(gate="dirichlet", variant="paper")
     assert Adapter.from_dict(adapter.to_dict()) == adapter
     assert isinstance(model.backbone, Backbone)
+
+
+class TestImages:
+    """A gate reads a vector that every image carries."""
+
+    @pytest.fixture
+    def shapes(self, three_shapes):
+        chance = torch.Generator().manual_seed(2)
+
+        def carrying(split):
+            vectors = torch.randn(len(split), D, generator=chance)
+            examples = zip(split.examples, vectors, strict=True)
+            return replace(split, examples=tuple(replace(one, vectors={"state": vector}) for one, vector in examples))
+
+        task = three_shapes()
+        return replace(task, **{part: carrying(getattr(task, part)) for part in ("train", "validation", "test")})
+
+    @pytest.fixture
+    def model(self, three_shapes_model, shapes):
+        mixture = MixtureLoRA(rank=RANK, experts=K, gate_input="state", gate_features=D)
+        return three_shapes_model(adapter=[mixture, LastLayer()], task=shapes)
+
+    def test_batches_hold_the_vectors_of_their_rows(self, model):
+        split = model.task.train
+        batch = model.encode(split).batch([4, 1])
+        assert torch.equal(batch["state"], torch.stack([split.examples[row].vectors["state"] for row in (4, 1)]))
+        lacking = replace(split, examples=(*split.examples[:-1], replace(split.examples[-1], vectors={})))
+        with pytest.raises(ValueError, match="has no vector 'state', and others have"):
+            model.encode(lacking)
+
+    def test_every_row_has_the_change_of_its_own_weights(self, model):
+        batch, draw = model.encode(model.task.test).batch([0, 3, 5]), draws_of(model)
+        found = model.row_logits(batch, draw)
+        rows = torch.nn.functional.layer_norm(batch["state"].double(), (D,))
+        plain = LoRA(rank=RANK, alpha=RANK)
+        for row, weights in enumerate((rows @ draw["gate.weight"].T).softmax(-1)):
+            spread = model.adapters[0].scaling * weights.repeat_interleave(RANK // K)
+            factors = {
+                name: spread[:, None] * value if name.endswith("lora_A") else value for name, value in draw.items()
+            }
+            single = BayesianModel(model.backbone, model.task, adapter=[plain, LastLayer()])
+            one = {"pixel_values": batch["pixel_values"][row : row + 1]}
+            expected = single.row_logits(one, {name: factors[name] for name in single.sites})
+            torch.testing.assert_close(found[row : row + 1], expected, atol=1e-10, rtol=0)
+
+    @pytest.mark.parametrize(
+        "engine",
+        [
+            MAP(steps=2),
+            SVI(guide={"*.lora_*": BLoB(), "*.weight": MeanField()}, steps=2),
+            Laplace(structure="kron", estimate=MAP(steps=2)),
+        ],
+        ids=["map", "blob", "laplace"],
+    )
+    def test_engines_take_it(self, model, engine, tmp_path):
+        posterior = engine.fit(model, model.task.train, progress=False)
+        again = Posterior.from_pretrained(posterior.save_pretrained(tmp_path / "posterior"), model=model)
+        for kind in posterior.kinds:
+            probs = (
+                one.predict(model.task.test, draws=3, kind=kind, generator=torch.Generator().manual_seed(0)).probs
+                for one in (posterior, again)
+            )
+            first, second = probs
+            assert first.isfinite().all()
+            assert torch.equal(first, second)
+
+    def test_what_images_do_not_have_is_refused(self, three_shapes, three_shapes_model):
+        with pytest.raises(
+            ValueError, match="gate_input='prompt' is the mean embedding of a text, and 'tiny' reads images"
+        ):
+            three_shapes_model(adapter=[MixtureLoRA(rank=RANK, experts=K, gate_input="prompt")])
+        episodes = episodic(three_shapes(train=30), ways=2, queries=2)
+        with pytest.raises(ValueError, match="The gate of MixtureLoRA reads 'state' of each example, and the episodes"):
+            three_shapes_model(adapter=[MixtureLoRA(gate_input="state")], task=episodes)
