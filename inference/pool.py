@@ -35,10 +35,12 @@ def pool_of(posteriors: Sequence[Posterior]) -> Posterior:
     Members that were fitted one at a time are independent under the posterior, so nothing is lost by it.
 
     Args:
-        posteriors: of models with one `PiSSA` adapter each, on one backbone and from one start.
+        posteriors: of models with one `PiSSA` adapter each, on one backbone and from one start, under one prior and asked
+            alike: a pool has one of each. Tasks may be of other images.
 
     Raises:
-        ValueError: no posterior, other adapters, backbones, starts or families, or a family that ties weights together.
+        ValueError: no posterior, other adapters, backbones, starts, priors, formats or families, or a family that ties
+            weights together.
     """
     if not posteriors:
         raise ValueError("A pool needs at least one member; the list of posteriors is empty.")
@@ -81,6 +83,17 @@ def _check_member(model: BayesianModel, first: BayesianModel) -> None:
         raise ValueError(
             "Members start from different factors (A0, B0), so they share no residual. Build their models with the constants "
             "of the first: BayesianModel(..., constants=first.constants)."
+        )
+    if model.task.format != first.task.format:
+        raise ValueError(
+            f"Members are of tasks that ask differently, {first.task.format} and {model.task.format}. Fit them on episodes "
+            "with the same ways, shots and queries."
+        )
+    mine, its = first.prior.to_dict(), model.prior.to_dict()
+    if other := [name for name in mine if its[name] != mine[name]]:
+        raise ValueError(
+            f"Members differ in the prior of {other[0]!r}: {first.prior.declared[other[0]]} and "
+            f"{model.prior.declared[other[0]]}. Fit them alike."
         )
 
 

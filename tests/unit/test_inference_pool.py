@@ -93,7 +93,7 @@ class TestAssembly:
             expected = model.row_logits(batch, member.mean())
             torch.testing.assert_close(pool.model.row_logits(batch, draw), expected, atol=1e-10, rtol=0)
 
-    def test_what_does_not_fit_is_refused(self, model, members, source, tiny_vision):
+    def test_what_does_not_fit_is_refused(self, model, members, source, tiny_vision, three_shapes):
         with pytest.raises(ValueError, match="the list of posteriors is empty"):
             pool_of([])
         wider = BayesianModel(model.backbone, source, adapter=PiSSA(rank=3, targets="all-linear"))
@@ -110,6 +110,15 @@ class TestAssembly:
         turned = {name: -value for name, value in model.constants.items()}
         with pytest.raises(ValueError, match="share no residual"):
             pool_of([members[0], member_of(model.with_constants(turned), 0)])
+        weaker = BayesianModel(model.backbone, source, MEMBER, Relative(0.2), constants=model.constants)
+        with pytest.raises(
+            ValueError, match=r"prior of 'q_proj.lora_A': Relative\(ratio=0.1\) and Relative\(ratio=0.2\)"
+        ):
+            pool_of([members[0], member_of(weaker, 0)])
+        fewer = episodic(three_shapes(train=30, validation=9, test=9), ways=2, shots=1, queries=3, counts=(8, 2, 5))
+        asked = BayesianModel(model.backbone, fewer, MEMBER, Relative(0.1), constants=model.constants)
+        with pytest.raises(ValueError, match=r"ways=2, shots=2, queries=3.* and .*ways=2, shots=1, queries=3"):
+            pool_of([members[0], member_of(asked, 0)])
         with pytest.raises(ValueError, match="Members differ in the guide"):
             pool_of([members[0], member_of(model, 0, MeanField())])
         with pytest.raises(ValueError, match="LowRank ties the weights"):
