@@ -91,6 +91,9 @@ def laplace_bridge(mean: Tensor, covariance: Tensor) -> Tensor:
     if not mean.isfinite().all():
         raise ValueError("The Laplace bridge needs every class in every row; use kind='linearised_mf1' for these data.")
     classes = mean.shape[-1]
+    # no probability depends on the unit of the covariance, whose products would leave the range of numbers
+    largest = covariance.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
+    covariance = covariance / largest.masked_fill(largest <= 0, 1)
     total = covariance.sum((-2, -1))
     row_sums = covariance.sum(-1)
     # a sum without variance is fixed already, and then the row sums are zero too

@@ -107,6 +107,22 @@ def test_bridge_of_logits_without_variance_at_zero_sum_is_the_softmax():
     torch.testing.assert_close(rank_one.sum(-1), torch.ones(4, dtype=torch.float64))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(torch.float64, 10.0**power) for power in (-300, -160, -38, 100, 300)]
+    + [(torch.float32, 10.0**power) for power in (-44, -40, -38, -30, 30)],
+    ids=str,
+)
+def test_bridge_does_not_depend_on_the_unit_of_the_covariance(dtype, scale):
+    mean = torch.tensor([[1.0, 0.0, -1.0], [0.3, -2.0, 0.5]], dtype=dtype)
+    correlation = torch.tensor([[1.0, 0.3, 0.0], [0.3, 0.5, 0.0], [0.0, 0.0, 0.7]], dtype=torch.float64)
+    tiny = (scale * correlation).to(dtype)
+    # what is left of the smallest numbers has few digits: the same ones in a type that has room for them
+    wanted = laplace_bridge(mean.double(), (tiny.double() / scale).expand(2, 3, 3))
+    found = laplace_bridge(mean, tiny.expand(2, 3, 3))
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=0)
+
+
 def test_bridge_is_the_dirichlet_of_its_source():
     """Equation by equation in plain loops, with the conditioning on a zero sum as a dense projection."""
     mean, covariance = random_gaussians(scale=0.5)
