@@ -1,6 +1,7 @@
 """Who took what, when: interaction logs from MovieLens-100K or from a user's own CSV file."""
 
 import csv
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,8 @@ def read_interactions(source: str | Path, liked: float = LIKED) -> Interactions:
             f"There are no interactions at {str(source)!r}.{suggestion(path.name, near)} Give a CSV file with the columns "
             f"user, item and timestamp, or {MOVIELENS!r}."
         )
-    with path.open(encoding="utf-8", newline="") as file:
+    # spreadsheets put a byte order mark before the first column's name
+    with path.open(encoding="utf-8-sig", newline="") as file:
         return _ordered(number_rows(csv.DictReader(file), path.name), liked)
 
 
@@ -125,6 +127,9 @@ def _ordered(rows: Sequence[Row], liked: float) -> Interactions:
 
 def _number(row: Row, column: str) -> float:
     try:
-        return float(row[column])
+        number = float(row[column])
     except (TypeError, ValueError):
-        raise row.error(f"has the {column} {row[column]!r}, expected a number. Write times as seconds") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise row.error(f"has the {column} {row[column]!r}, expected a number. Write times as seconds")
+    return number

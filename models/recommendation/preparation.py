@@ -18,6 +18,7 @@ from pyrolora.models.atomic import replacing_folder
 from pyrolora.models.recommendation.interactions import Interactions
 from pyrolora.models.recommendation.sasrec import SASRec, fit_sasrec
 from pyrolora.models.recommendation.windows import CANDIDATES, HISTORY, Window, long_enough, windows_of
+from pyrolora.models.settings import check_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Preparation:
         seed: of division, candidates, encoder and control vectors.
 
     Raises:
-        ValueError: a share out of range.
+        ValueError: a share or a number out of range.
     """
 
     history: int = HISTORY
@@ -65,6 +66,11 @@ class Preparation:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
+        if self.epochs < 1:
+            raise ValueError(
+                f"The encoder needs at least 1 epoch to learn anything; got {self.epochs}. The default is 30."
+            )
         if not (self.held_out > 0 and self.unusual >= 0 and 2 * self.held_out + self.unusual < 1):
             raise ValueError(
                 f"held_out={self.held_out} and unusual={self.unusual} leave nobody to train on, or nobody to judge on; "

@@ -384,6 +384,9 @@ def windows_command(
     out: Annotated[Path, typer.Option("--out", help="Folder for windows, titles, embeddings and states.")],
     train_windows: Annotated[int | None, typer.Option("--train-windows", help="Training windows; 0 for all.")] = 20_000,
     history: Annotated[int, typer.Option("--history", help="Items of a window.")] = 10,
+    shortest: Annotated[
+        int | None, typer.Option("--shortest", help="Fewest items of a window; by default all are full.")
+    ] = None,
     candidates: Annotated[int, typer.Option("--candidates", help="Items to choose from, the target among them.")] = 20,
     epochs: Annotated[int, typer.Option("--epochs", help="Epochs of the sequence encoder.")] = 30,
     seed: Annotated[int, typer.Option("--seed", help="Seed of users, candidates and encoder.")] = 0,
@@ -394,10 +397,14 @@ def windows_command(
     from pyrolora.models.recommendation import Preparation, read_interactions
 
     preparation = Preparation(
-        history=history, candidates=candidates, train_windows=train_windows or None, epochs=epochs, seed=seed
-    )
+        history=history, shortest=shortest, candidates=candidates, train_windows=train_windows or None, epochs=epochs,
+        seed=seed,
+    )  # fmt: skip
     preparation.prepare(read_interactions(source), out, device=device or "cpu", progress=not quiet)
-    typer.echo(f"Prepared in {out}. Fit with: pyrolora fit --task next_item --data-dir {out} --adapter 'MixtureLoRA()'")
+    typer.echo(
+        f"Prepared in {out}. Fit with: pyrolora fit --task next_item --data-dir {out} --adapter 'MixtureLoRA()' "
+        "--set max_length=600 --out FOLDER"
+    )
 
 
 @_command

@@ -22,6 +22,7 @@ from pyrolora.models.recommendation import Preparation, SASRec, fit_sasrec, read
 from pyrolora.models.recommendation.generation import count_answers, generate_answers
 from pyrolora.models.recommendation.hybrid import HybridScoring
 from pyrolora.models.recommendation.item_network import fit_item_network, item_tokenizer, save_item_network
+from pyrolora.models.recommendation.preparation import read_windows
 from pyrolora.models.recommendation.sasrec import PADDING, left_padded
 from pyrolora.models.recommendation.windows import Window
 from pyrolora.models.tasks import task
@@ -83,6 +84,9 @@ class TestInteractions:
         [
             ("user,item\na,b\n", "Row 1 of x.csv has no column 'timestamp'"),
             ("user,item,timestamp\na,b,noon\n", "has the timestamp 'noon', expected a number"),
+            ("user,item,timestamp\na,b,1\na,c,nan\n", "Row 2 of x.csv has the timestamp 'nan', expected a number"),
+            ("user,item,timestamp,rating\na,b,1,NaN\n", "Row 1 of x.csv has the rating 'NaN', expected a number"),
+            ("user,item,timestamp\na,b,inf\n", "has the timestamp 'inf', expected a number"),
             ("user,item,timestamp,rating\na,b,1,1\n", "No interaction is left of 1 rows"),
         ],
     )
@@ -90,6 +94,14 @@ class TestInteractions:
         (tmp_path / "x.csv").write_text(text)
         with pytest.raises(ValueError, match=message):
             read_interactions(tmp_path / "x.csv")
+
+    def test_a_byte_order_mark_is_no_part_of_a_column(self, log, tmp_path, interactions):
+        (tmp_path / "marked.csv").write_text(log.read_text(), encoding="utf-8-sig")
+        found = read_interactions(tmp_path / "marked.csv")
+        assert found.titles == interactions.titles
+        assert {user: items.tolist() for user, items in found.of_user.items()} == {
+            user: items.tolist() for user, items in interactions.of_user.items()
+        }
 
     def test_a_missing_file(self, log):
         with pytest.raises(FileNotFoundError, match=r"Did you mean 'visits\.csv'"):
@@ -246,7 +258,16 @@ class TestPreparedFolder:
         outcome = CliRunner().invoke(app, arguments)
         assert outcome.exit_code == 0, outcome.output
         assert "--task next_item --data-dir" in outcome.output
+        assert "--set max_length=600" in outcome.output
         assert (tmp_path / "made" / "items.json").is_file()
+        outcome = CliRunner().invoke(app, [*arguments, "--shortest", "4"])
+        assert outcome.exit_code == 0, outcome.output
+        lengths = {len(window.history) for window in read_windows(tmp_path / "made", "train")}
+        assert lengths == {4, 5, 6}
+        for epochs in ("0", "-1"):
+            outcome = CliRunner().invoke(app, [*arguments, "--epochs", epochs])
+            assert outcome.exit_code == 2
+            assert f"at least 1 epoch to learn anything; got {epochs}" in outcome.output
         outcome = CliRunner().invoke(app, ["windows", str(tmp_path / "nothing.csv"), "--out", str(tmp_path / "other")])
         assert outcome.exit_code == 2
         assert "There are no interactions at" in outcome.output
