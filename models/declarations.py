@@ -1,6 +1,7 @@
 """Objects declared as text, as a YAML file or a command line can hold them: ``Normal(0, 0.2)``, ``LoRA(rank=4)``."""
 
 import ast
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ def _in_floats(family: Any) -> Callable[..., Declaration]:
     def make(*args: float, **kwargs: float) -> Declaration:
         return family(*map(float, args), **{key: float(value) for key, value in kwargs.items()})
 
+    # the names that it takes, for the message about one that it does not
+    make.__signature__ = inspect.signature(family)  # type: ignore[attr-defined]
     return make
 
 
@@ -41,7 +44,7 @@ def declared(text: str, makers: Mapping[str, Callable[..., Any]], what: str) -> 
         what: the kind of object, for the error message.
 
     Raises:
-        ValueError: not of that form, an unknown name (the nearest is offered), or arguments that do not fit.
+        ValueError: not of that form, an unknown name or setting (the nearest is offered), or arguments that do not fit.
     """
     if not isinstance(text, str):
         raise ValueError(
@@ -68,7 +71,14 @@ def declared(text: str, makers: Mapping[str, Callable[..., Any]], what: str) -> 
     try:
         return makers[name](*args, **kwargs)
     except TypeError as error:
-        raise ValueError(f"The {what} {text!r} has arguments that do not fit: {error}.") from error
+        valid = [setting for setting in inspect.signature(makers[name]).parameters if setting != "validate_args"]
+        unknown = next((setting for setting in kwargs if setting not in valid), None)
+        reason = (
+            f"{error}."
+            if unknown is None or not valid
+            else f"{name} has no {unknown!r}. Did you mean {nearest(unknown, valid)!r}? Settings: {', '.join(valid)}."
+        )
+        raise ValueError(f"The {what} {text!r} has arguments that do not fit: {reason}") from error
 
 
 def declared_prior(specification: str | Mapping[str, str]) -> Declaration | dict[str, Declaration]:

@@ -4,6 +4,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from pyrolora.guides.base import Family
 from pyrolora.models.adapters import Adapter, LoRA
 from pyrolora.models.declarations import PRIORS, declared, declared_prior
 from pyrolora.models.prior_declarations import Flat, learned
@@ -47,7 +48,8 @@ def test_an_adapter_is_declared_with_lists_and_numbers():
         ("Normal(0, print(1))", "Cannot read the prior"),
         ("", "Cannot read the prior ''"),
         ("Flat(1)", r"The prior 'Flat\(1\)' has arguments that do not fit"),
-        ("Normal(0, width=1)", "has arguments that do not fit.*width"),
+        ("Flat(width=1)", r"has arguments that do not fit: .*width"),
+        ("Normal(0, scal=1)", r"do not fit: Normal has no 'scal'. Did you mean 'scale'\? Settings: loc, scale."),
         ("learned(-1)", "scale of a learned prior must be positive; got -1"),
         (0.2, r"The prior is 0\.2, a float; expected a text such as"),
     ],
@@ -55,6 +57,18 @@ def test_an_adapter_is_declared_with_lists_and_numbers():
 def test_other_texts_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
         declared(text, PRIORS, "prior")
+
+
+@pytest.mark.parametrize(
+    ("text", "makers", "message"),
+    [
+        ("MixtureLoRA(rank=4, expert=2)", Adapter.registered, "MixtureLoRA has no 'expert'. Did you mean 'experts'"),
+        ("BLoB(init_scal=0.1)", Family.registered, "BLoB has no 'init_scal'. Did you mean 'init_scale'"),
+    ],
+)
+def test_the_nearest_setting_is_offered(text, makers, message):
+    with pytest.raises(ValueError, match=message):
+        declared(text, makers, "object")
 
 
 def test_nothing_in_the_text_is_executed(tmp_path):
