@@ -21,6 +21,7 @@ from pyrolora.models.naming import nearest
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.prototype_head import PrototypeHead
 from pyrolora.models.prototypes import class_prototypes, cosine_similarity
+from pyrolora.models.settings import check_numbers
 from pyrolora.models.tasks.augmentation import Augmentation
 from pyrolora.models.trimming import Trim, trimmed_deltas
 
@@ -227,6 +228,7 @@ class TaskMerging:
 
     Raises:
         ValueError: no pool, no episodes, or a setting out of range.
+        TypeError: a rule, an augmentation, an attack or a truncation that is none.
     """
 
     posterior: Posterior
@@ -246,6 +248,19 @@ class TaskMerging:
                 f"A pool is merged from the labelled images of an episode, and {self.posterior.model.task.name!r} has none. "
                 "Use episodic(task)."
             )
+        check_numbers(self)
+        for name, kind, optional, example in (
+            ("rule", MergeRule, False, "MergeRule(sharpness=8.0)"),
+            ("augmentation", Augmentation, True, "Augmentation()"),
+            ("attack", PGD, True, "PGD(0.03)"),
+            ("trim", Trim, True, "Trim(0.5)"),
+        ):
+            given = getattr(self, name)
+            if not (isinstance(given, kind) or (optional and given is None)):
+                raise TypeError(
+                    f"{name} is a {type(given).__name__}; expected {kind.__name__}, such as {example}"
+                    f"{', or None' if optional else ''}."
+                )
         if self.semantics not in SEMANTICS:
             raise ValueError(
                 f"Unknown semantics {self.semantics!r} of merge weights. Did you mean "

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyrolora.models.naming import nearest
+from pyrolora.models.settings import check_numbers
 
 VARIANTS = ("code", "paper")
 
@@ -74,6 +75,7 @@ class MergeRule:
     variant: str = field(default="code", metadata={"help": "'code' or 'paper'"})
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not 0 <= self.intra <= 1:
             raise ValueError(f"intra is a weight in [0, 1]; got {self.intra}. The released code has 0.6.")
         if not self.sharpness >= 0:

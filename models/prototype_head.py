@@ -33,12 +33,21 @@ class PrototypeHead:
 
         Shape:
             ``(episodes * queries, ways)``
+
+        Raises:
+            ValueError: labelled images of another size than the queries.
         """
         device = self.backbone.device
         labels = batch["support_labels"].to(device)
         queries = batch["pixel_values"].to(device).unflatten(0, (len(labels), -1))
         support = batch.get("support_features")
         if support is None:
+            sizes = [tuple(images.shape[2:]) for images in (batch["support"], queries)]
+            if sizes[0] != sizes[1]:
+                raise ValueError(
+                    f"The labelled images are {sizes[0]} and the queries {sizes[1]}, (channels, height, width). Bring both "
+                    "to one size, or encode the split with the model."
+                )
             together = self.features(torch.cat([batch["support"].to(device), queries], dim=1))
             support, features = together.split([labels.shape[1], queries.shape[1]], dim=1)
         else:

@@ -17,8 +17,18 @@ def class_prototypes(features: Tensor, labels: Tensor, ways: int) -> Tensor:
 
     Shape:
         features ``(..., examples, hidden)``, labels ``(..., examples)``; returns ``(..., ways, hidden)``
+
+    Raises:
+        ValueError: a class without an example, or an example of no class.
     """
-    members = functional.one_hot(labels, ways).to(features.dtype)
+    belongs = labels[..., None] == torch.arange(ways, device=labels.device)
+    # on a GPU a look at the labels would wait for all work before it
+    if labels.device.type == "cpu" and not bool(belongs.any(-2).all() and belongs.any(-1).all()):
+        raise ValueError(
+            f"The labelled examples have the classes {sorted(set(labels.flatten().tolist()))}; expected each of 0 to "
+            f"{ways - 1} in every episode, and no other. Number the classes anew in each episode."
+        )
+    members = belongs.to(features.dtype)
     return members.mT @ features / members.sum(-2)[..., None]
 
 

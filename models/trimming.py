@@ -11,6 +11,7 @@ from pyrolora.models.adapters.lora import stored_weight
 from pyrolora.models.adapters.targets import find_projections
 from pyrolora.models.backbones import Backbone, Delta
 from pyrolora.models.serving import weight_changes
+from pyrolora.models.settings import check_numbers
 
 
 def trimmed(weight: Tensor, fraction: float) -> Tensor:
@@ -69,6 +70,7 @@ class Trim:
     layers: tuple[int, ...] | None = field(default=None, metadata={"help": "blocks; None for all"})
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         _check_fraction(self.fraction)
 
     def of(self, backbone: Backbone) -> "TrimmedPaths":

@@ -116,8 +116,13 @@ def evaluate_episodes(
         progress: show a bar.
 
     Raises:
-        ValueError: a model without episodes, or data that do not fit it.
+        ValueError: a model without episodes, data that do not fit it, or no draws.
+        TypeError: an attack that is none.
     """
+    if draws < 1:
+        raise ValueError(f"A prediction takes at least 1 draw; got draws={draws}. 1 takes the posterior's mean.")
+    if attack is not None and not isinstance(attack, PGD):
+        raise TypeError(f"attack is a {type(attack).__name__}; expected PGD, such as PGD(0.03), or None.")
     merging = posterior if isinstance(posterior, TaskMerging) else None
     fitted = posterior.posterior if isinstance(posterior, TaskMerging) else posterior
     model = fitted.model

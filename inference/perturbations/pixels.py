@@ -1,7 +1,9 @@
 """Projected gradient ascent on pixels, at one resolution or at several at once."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
@@ -183,9 +185,11 @@ class PyramidPGD(PGD):
                 f"{len(self.blocks)} coarser levels and {len(self.multipliers)} multipliers were given; give one each, such "
                 "as blocks=(4, 8), multipliers=(20, 10)."
             )
-        if any(blocks < 1 for blocks in self.blocks) or any(not multiplier > 0 for multiplier in self.multipliers):
+        whole = all(isinstance(blocks, Integral) and blocks >= 1 for blocks in self.blocks)
+        if not whole or not all(0 < multiplier < math.inf for multiplier in self.multipliers):
             raise ValueError(
-                f"Blocks must be at least 1 and multipliers positive; got {self.blocks} and {self.multipliers}."
+                f"Blocks are whole numbers of at least 1 and multipliers positive; got {self.blocks} and {self.multipliers}. "
+                "The published ones are (4, 8) and (20, 10)."
             )
 
     def levels(self, images: Tensor) -> Levels:

@@ -417,8 +417,14 @@ def support_of(
         count: how many times; the size of the data that a likelihood is scaled to is this times the labelled images.
 
     Raises:
+        TypeError: episodes that no network's size was given to.
         ValueError: no such episode.
     """
+    if not isinstance(encoded, EncodedEpisodes):
+        raise TypeError(
+            f"support_of got an object of {type(encoded).__name__}, expected encoded episodes, such as "
+            "model.encode(task.test)."
+        )
     if not 0 <= number < encoded.count:
         raise ValueError(f"{encoded.name} has the episodes 0 to {encoded.count - 1}; got {number}.")
     rows = encoded.form.rows

@@ -1,5 +1,7 @@
 """Attacks on pixels and weights: boxes and lengths, gradients that vanish, prior densities that stay where they were."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -127,6 +129,25 @@ class TestPyramid:
         torch.testing.assert_close(attacked - grey, 0.021 * blocks, atol=1e-6, rtol=0)
         assert [size for size, _ in PyramidPGD(0.1).levels(torch.zeros(1, 1, 6, 6))] == [(4, 4), (6, 6), (6, 6)]
 
+    @pytest.mark.parametrize("start", ["uniform", "normal"])
+    def test_every_level_stays_in_a_box_of_its_own(self, images, start):
+        seen = []
+
+        class Watched(PyramidPGD):
+            def _moved(self, images, deltas, levels):
+                seen.append([delta.detach() for delta in deltas])
+                return super()._moved(images, deltas, levels)
+
+        # steps longer than the box, up and down by turns
+        chance = seeded()
+        attack = Watched(0.004, steps=5, step_size=0.01, start=start)
+        attacked = attack(images, lambda batch: (batch * torch.randn(batch.shape, generator=chance)).sum(), seeded())
+        assert [tuple(delta.shape[-2:]) for delta in seen[-1]] == [(4, 4), (8, 8), (28, 20)]
+        assert max(float(delta.abs().max()) for deltas in seen for delta in deltas) <= 0.004 + 1e-7
+        for level in range(3):
+            assert float(seen[-1][level].abs().max()) == pytest.approx(0.004, abs=1e-7)
+        assert (attacked - images).abs().max() <= 31 * 0.004 + 1e-6
+
     def test_every_level_is_cut_to_the_pixel_range(self, images):
         attacked = PyramidPGD(0.03)(images, lambda batch: batch.sum(), seeded())
         assert attacked.max() <= 1
@@ -152,6 +173,14 @@ class TestRefusals:
     def test_levels_without_multipliers(self):
         with pytest.raises(ValueError, match="2 coarser levels and 1 multipliers"):
             PyramidPGD(0.1, multipliers=(20.0,))
+
+    @pytest.mark.parametrize(
+        "settings",
+        [{"blocks": (4.5, 8)}, {"blocks": (0, 8)}, {"multipliers": (20.0, math.inf)}, {"multipliers": (-20.0, 10.0)}],
+    )
+    def test_levels_that_are_none(self, settings):
+        with pytest.raises(ValueError, match="Blocks are whole numbers of at least 1 and multipliers positive; got"):
+            PyramidPGD(0.1, **settings)
 
     @pytest.mark.parametrize(
         ("bad", "reason"),

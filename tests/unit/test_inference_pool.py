@@ -402,11 +402,43 @@ class TestRefusals:
             ({"copies": 0}, "copies must be at least 1"),
             ({"weight_draws": 0}, "weight_draws must be at least 1"),
             ({"concentration": 0.0}, "must be positive"),
+            ({"concentration": float("nan")}, "is a finite number; got nan"),
+            ({"copies": 1.5}, "is a whole number; got 1.5"),
         ],
     )
     def test_bad_settings(self, pool, settings, reason):
         with pytest.raises(ValueError, match=reason):
             TaskMerging(pool, **settings)
+
+    @pytest.mark.parametrize(
+        ("settings", "reason"),
+        [
+            ({"rule": 0.03}, r"rule is a float; expected MergeRule, such as MergeRule\(sharpness=8.0\)\."),
+            ({"rule": None}, "rule is a NoneType; expected MergeRule"),
+            (
+                {"augmentation": True},
+                r"augmentation is a bool; expected Augmentation, such as Augmentation\(\), or None",
+            ),
+            ({"attack": 0.03}, r"attack is a float; expected PGD, such as PGD\(0.03\), or None"),
+            ({"trim": 0.5}, r"trim is a float; expected Trim, such as Trim\(0.5\), or None"),
+        ],
+    )
+    def test_objects_of_another_kind(self, pool, settings, reason):
+        with pytest.raises(TypeError, match=reason):
+            TaskMerging(pool, **settings)
+
+    def test_numbers_of_draws_and_attacks_that_are_none(self, members, source):
+        for draws in (0, -1):
+            with pytest.raises(ValueError, match=f"at least 1 draw; got draws={draws}"):
+                evaluate_episodes(members[0], source.test, draws=draws)
+        with pytest.raises(TypeError, match=r"attack is a float; expected PGD, such as PGD\(0.03\), or None"):
+            evaluate_episodes(members[0], source.test, attack=0.03)
+
+    def test_episodes_without_a_size(self, source):
+        with pytest.raises(
+            TypeError, match=r"EpisodeSplit, expected encoded episodes, such as model.encode\(task.test"
+        ):
+            support_of(source.test, 0)
 
     def test_other_numbers_of_weights(self, pool):
         with pytest.raises(ValueError, match="3 members; got weights of shape"):

@@ -70,17 +70,28 @@ class TestStart:
                 assert float(torch.linalg.matrix_norm(residual, 2)) == pytest.approx(float(s[2]), abs=1e-12)
                 assert torch.linalg.matrix_rank(residual) == min(weight.shape) - 2
 
-    def test_blocks_of_a_fused_weight_are_split_as_separate_projections_are(self):
-        blocks = [torch.randn(12, 12, dtype=torch.float64) for _ in range(3)]
-        from pyrolora.models.factorisation import principal_factors
-
-        fused = torch.cat(blocks)
-        pairs = [principal_factors(block, 4, 1.0) for block in fused.split(12)]
-        change = torch.cat([0.1 * b @ torch.randn_like(a) for a, b in pairs])
-        assert torch.linalg.matrix_rank(change) == 12
-        for block, (a, b) in zip(blocks, pairs, strict=True):
-            own_a, own_b = principal_factors(block, 4, 1.0)
-            assert torch.equal(b @ a, own_b @ own_a)
+    def test_blocks_of_a_fused_weight_are_split_as_separate_projections_are(self, tiny_vision):
+        """A network that fuses queries, keys and values has them as blocks of one weight, each with factors of its own."""
+        backbone, rank, kinds = tiny_vision(torch.float64), 3, ("q_proj", "k_proj", "v_proj")
+        adapter = PiSSA(rank=rank, targets=kinds)
+        sites = {site.name: site for site in adapter.sites(backbone, None)}
+        constants = adapter.constants(backbone, list(sites.values()))
+        changes = dense_changes(adapter, list(sites.values()), {**constants, **random_draw(sites.values())}, backbone)
+        for entry in range(2):
+            paths = [sites[f"{kind}.lora_A"].modules[entry] for kind in kinds]
+            fused = torch.cat([backbone.network.get_submodule(path).weight for path in paths])
+            started = torch.cat(
+                [constants[f"{kind}.lora_B.start"][entry] @ constants[f"{kind}.lora_A.start"][entry] for kind in kinds]
+            )
+            blocks = [torch.linalg.svd(block, full_matrices=False) for block in fused.split(len(fused) // 3)]
+            largest = torch.cat([(u[:, :rank] * s[:rank]) @ vt[:rank] for u, s, vt in blocks])
+            torch.testing.assert_close(started, largest, atol=1e-12, rtol=0)
+            # one decomposition of the whole would be another start, of a third of the rank
+            u, s, vt = torch.linalg.svd(fused, full_matrices=False)
+            assert ((u[:, :rank] * s[:rank]) @ vt[:rank] - started).abs().max() > 0.01
+            # a change has its start taken off; with it there is the product B A of each block
+            change = started + torch.cat([changes[path] for path in paths])
+            assert torch.linalg.matrix_rank(change) == 3 * rank
 
 
 class TestMerge:
@@ -282,6 +293,9 @@ class TestRule:
             ({"sharpness": -1.0}, "must not be negative"),
             ({"top": 0}, "At least one member"),
             ({"variant": "papper"}, "Did you mean 'paper'"),
+            ({"sharpness": float("inf")}, "'sharpness' of MergeRule is a finite number; got inf"),
+            ({"intra": float("nan")}, "'intra' of MergeRule is a finite number; got nan"),
+            ({"top": 1.5}, "'top' of MergeRule is a whole number; got 1.5. Give 2"),
         ],
     )
     def test_bad_settings_are_refused(self, settings, reason):
@@ -326,9 +340,14 @@ class TestTrim:
                 assert torch.equal(value, expected)
         assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
-    @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.1, float("nan")])
+    @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.1])
     def test_a_fraction_out_of_range_is_refused(self, fraction):
         with pytest.raises(ValueError, match=r"in \(0, 1\]"):
+            Trim(fraction)
+
+    @pytest.mark.parametrize("fraction", [float("nan"), "0.5"])
+    def test_a_fraction_that_is_no_number_is_refused(self, fraction):
+        with pytest.raises(ValueError, match="'fraction' of Trim is a finite number; got"):
             Trim(fraction)
 
     def test_keeping_nothing_is_refused(self, weight):

@@ -1,5 +1,7 @@
 """Episodes: disjoint, seeded, refused where there are too few images; augmentation; prototypes as a head."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional
@@ -131,8 +133,13 @@ class TestRefusals:
     def test_other_shapes_and_plain_images(self, episodes, source, tiny_vision):
         with pytest.raises(ValueError, match="2 classes and 8 queries, and the model's have 2 and 4"):
             tiny_vision().encode(episodes.train, EpisodeClasses(2, 1, 2), 0)
-        with pytest.raises(ValueError, match="is no split of episodes"):
+        with pytest.raises(ValueError, match="Name the task 'three_shapes:2w3s', or make it with episodic"):
             tiny_vision().encode(source.train, episodes.format, 0)
+        given = replace(source.train, task="three_shapes:2w3s4q")
+        with pytest.raises(
+            ValueError, match=r"no split of episodes\. Single images cannot be classified without labelled ones"
+        ):
+            tiny_vision().encode(given, episodes.format, 0)
 
     def test_a_last_layer(self, episodes, tiny_vision):
         with pytest.raises(ValueError, match="other ones in every episode"):
@@ -172,6 +179,21 @@ class TestPrototypes:
                 queries = backbone.features({"pixel_values": batch["pixel_values"][rows].double()})
                 expected = prototype_logits(queries, support, batch["support_labels"][episode], 2)
                 torch.testing.assert_close(found[number, rows], expected, atol=1e-6, rtol=1e-6)
+
+    @pytest.mark.parametrize("given", [[0, 0, 0, 0, 0, 0], [7, 7, 7, 7, 7, 7], [0, 0, 0, 1, 1, 2]])
+    def test_classes_without_an_example_and_examples_without_a_class(self, episodes, tiny_vision, given):
+        model = BayesianModel(tiny_vision(), episodes, adapter=LoRA(rank=2))
+        batch = model.encode(episodes.train).batch(list(range(16)))
+        batch["support_labels"] = torch.tensor([[0, 0, 0, 1, 1, 1], given])
+        with pytest.raises(ValueError, match="expected each of 0 to 1 in every episode, and no other"):
+            model.row_logits(batch, model.initial())
+
+    def test_labelled_images_of_another_size(self, episodes, tiny_vision):
+        model = BayesianModel(tiny_vision(), episodes, adapter=LoRA(rank=2))
+        batch = model.encode(episodes.train).batch(list(range(8)))
+        batch["support"] = batch["support"][..., :8, :8]
+        with pytest.raises(ValueError, match=r"The labelled images are \(1, 8, 8\) and the queries \(1, 16, 16\)"):
+            model.row_logits(batch, model.initial())
 
     @pytest.mark.parametrize("noise", ["weight", "example"])
     def test_engines_and_posteriors_take_episodes_as_any_data(self, episodes, tiny_vision, tmp_path, noise):
