@@ -63,6 +63,10 @@ ADAPTERS = {
     "S2FT": (S2FT(heads=1, channels=4, targets=("o_proj", "down_proj", "v_proj"), select="activation"),),
     "LoRAPool": (LoRAPool(members=2, rank=2, concentration=1.0),),
     "MixtureLoRA": (MixtureLoRA(rank=2, experts=2, gate_input="prompt"),),
+    **{
+        f"MixtureLoRA {gate}": (MixtureLoRA(rank=2, experts=2, gate_input="prompt", gate=gate),)
+        for gate in ("dirichlet", "concrete", "categorical")
+    },
     "FullRank": (FullRank(targets=("q_proj",)),),
     "FullRank+embeddings": (FullRank(targets=("v_proj",), layers=(1, 2), embeddings=True),),
     "MoEfiedLoRA+LastLayer": (MoEfiedLoRA(rank=2, experts=4), LastLayer()),
@@ -111,6 +115,13 @@ REFUSED = {
             f"Laplace {structure}",
             "FullRank+embeddings",
         ): r"'embed_tokens.weight' is not a stack of weights of linear maps"
+        for structure in ("diag", "kron", "kron_lowrank")
+    },
+    **{
+        (
+            f"Laplace {structure}",
+            "MixtureLoRA categorical",
+        ): "none beside gate='categorical', whose rows go through a network"
         for structure in ("diag", "kron", "kron_lowrank")
     },
     **{("SVI StiefelNormal", name): r"'\*\.polar_\[XY\]' matches no site" for name in ADAPTERS if "PoLAR" not in name},
