@@ -50,6 +50,20 @@ def test_the_fits_settings_are_kept_as_declared(folders):
     assert record["perturbation"] == {"mode": "awp", "size": 0.001}
 
 
+def test_shots_are_those_that_were_asked_for(folders):
+    given = [
+        run("episodes", folders / "amt", "--task", f"digits:3w{shots}s2q", "--episodes", 40, "--quiet")
+        for shots in (1, 5)
+    ]
+    one, five = (json.loads(next(line for line in one.stdout.splitlines() if line[0] == "{")) for one in given)
+    assert five["nll"] < one["nll"]
+
+
+def test_a_single_picture_is_told_where_to_go(folders):
+    result = run("predict", folders / "amt", "one.png", code=2)
+    assert "give a split of task('digits:3w1s2q'), or judge the posterior with 'pyrolora episodes'" in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -59,6 +73,8 @@ def test_the_fits_settings_are_kept_as_declared(folders):
         (["--task", "digits:3w2s2q", "--semantics", "mena"], "Did you mean 'mean'"),
         (["--task", "digits:4w1s2q"], "episodes of 4 classes and 8 queries"),
         (["--episodes", "0"], "ask for 6 to 3600"),
+        (["--draws", "0"], "at least 1 draw; got draws=0"),
+        (["--attack", "PGD(0.1, stepsize=0.1)"], "PGD has no 'stepsize'. Did you mean 'step_size'"),
     ],
 )
 def test_mistakes_are_one_sentence(folders, arguments, reason):
