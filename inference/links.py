@@ -1,5 +1,6 @@
 """From Gaussian logits to class probabilities: quasi-Monte-Carlo, and closed forms."""
 
+import math
 from collections.abc import Callable
 from functools import cache
 
@@ -73,7 +74,8 @@ def mean_field_softmax(mean: Tensor, covariance: Tensor) -> Tensor:
 def laplace_bridge(mean: Tensor, covariance: Tensor) -> Tensor:
     """Mean of the Dirichlet that matches the Gaussian logits at zero sum.
 
-    Off by 0.1 and more where logit variances exceed about 1, and not invariant to a shift of all logits.
+    Off by 0.1 and more where logit variances exceed about 1, and not invariant to a shift of all logits: where their sum
+    hardly varies, setting it to zero moves them by hundreds, and the result says nothing.
 
     Logits that have no variance left at zero sum are put through the softmax.
 
@@ -94,21 +96,20 @@ def laplace_bridge(mean: Tensor, covariance: Tensor) -> Tensor:
     # no probability depends on the unit of the covariance, whose products would leave the range of numbers
     largest = covariance.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
     covariance = covariance / largest.masked_fill(largest <= 0, 1)
-    total = covariance.sum((-2, -1))
-    row_sums = covariance.sum(-1)
-    # a sum without variance is fixed already, and then the row sums are zero too
-    divisor = total.masked_fill(total <= 0, 1)
+    total, row_sums = covariance.sum((-2, -1)), covariance.sum(-1)
+    # a sum whose variance is round-off is fixed already, and conditioning on it would divide noise by noise
+    divisor = total.masked_fill(total <= 8 * classes * torch.finfo(mean.dtype).eps, torch.inf)
     centred = mean - row_sums * (mean.sum(-1) / divisor)[..., None]
     variance = (covariance - row_sums[..., :, None] * row_sums[..., None, :] / divisor[..., None, None]).diagonal(
         dim1=-2, dim2=-1
     )
     least = 8 * torch.finfo(mean.dtype).eps * covariance.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
     certain = (variance <= least).all(-1, keepdim=True)
-    inverse_sum = (-centred).exp().sum(-1, keepdim=True)
-    alpha = (1 - 2 / classes + centred.exp() * inverse_sum / classes**2) / variance.maximum(least).masked_fill(
-        certain, 1
-    )
-    return torch.where(certain, centred.softmax(-1), alpha / alpha.sum(-1, keepdim=True))
+    # in logarithm: conditioning moves logits without bound where the sum is almost fixed
+    relative = centred + (-centred).logsumexp(-1, keepdim=True) - 2 * math.log(classes)
+    log_alpha = torch.logaddexp(mean.new_tensor(1 - 2 / classes).log(), relative)
+    log_alpha = log_alpha - variance.maximum(least).masked_fill(certain, 1).log()
+    return torch.where(certain, centred, log_alpha).softmax(-1)
 
 
 def quadrature(mean: Tensor, covariance: Tensor) -> Tensor:

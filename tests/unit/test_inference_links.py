@@ -123,6 +123,40 @@ def test_bridge_does_not_depend_on_the_unit_of_the_covariance(dtype, scale):
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=0)
 
 
+def test_bridge_of_logits_whose_sum_is_almost_fixed_is_finite():
+    """Conditioning on a sum of zero moves such logits by hundreds, beyond what single precision has an exponential of."""
+    mean = torch.tensor([[-0.40861678, 0.25737107, -0.99528807], [-1.9564945, 0.042667165, 0.51470935]])
+    covariance = torch.tensor(
+        [
+            [
+                [6.899744e-05, -7.240887e-05, 3.5307253e-06],
+                [-7.240887e-05, 7.598898e-05, -3.7052948e-06],
+                [3.5307253e-06, -3.7052948e-06, 1.8067368e-07],
+            ],
+            [
+                [0.00022820465, -0.0001824934, -4.96198e-05],
+                [-0.0001824934, 0.0001459385, 3.968055e-05],
+                [-4.96198e-05, 3.968055e-05, 1.0789107e-05],
+            ],
+        ]
+    )
+    found = laplace_bridge(mean, covariance)
+    torch.testing.assert_close(found.sum(-1), torch.ones(2))
+    torch.testing.assert_close(found.double(), laplace_bridge(mean.double(), covariance.double()), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bridge_does_not_condition_on_a_sum_whose_variance_is_round_off(dtype):
+    mean = torch.tensor([[0.3, -0.2, 0.5], [1.0, 0.2, -0.7]], dtype=dtype)
+    change = torch.tensor([[0.1, 0.2, -0.3], [0.7, -0.4, -0.3]], dtype=dtype)
+    spread = torch.tensor([[2.0, -1.0, -1.0], [-1.0, 2.0, -1.0], [-1.0, -1.0, 2.0]], dtype=dtype) / 30
+    covariance = change[..., None] * change[:, None] + spread
+    first, second = (x.double() for x in (mean, covariance.diagonal(dim1=-2, dim2=-1)))
+    alpha = (1 - 2 / 3 + first.exp() * (-first).exp().sum(-1, keepdim=True) / 9) / second
+    wanted = (alpha / alpha.sum(-1, keepdim=True)).to(dtype)
+    torch.testing.assert_close(laplace_bridge(mean, covariance), wanted, rtol=1e-5, atol=0)
+
+
 def test_bridge_is_the_dirichlet_of_its_source():
     """Equation by equation in plain loops, with the conditioning on a zero sum as a dense projection."""
     mean, covariance = random_gaussians(scale=0.5)
