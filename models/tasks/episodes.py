@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyrolora.models.settings import check_numbers
 from pyrolora.models.tasks.augmentation import Augmentation
 from pyrolora.models.tasks.example import Example
 from pyrolora.models.tasks.images import KEPT_BYTES, EncodedImages, ImageClasses, encode_images
@@ -41,7 +42,7 @@ class EpisodeClasses:
         bias: added to every cosine; no probability depends on it.
 
     Raises:
-        ValueError: fewer than two classes, one image or one query, or a scale that is not positive.
+        ValueError: fewer than two classes, one image or one query, a broken count, or a scale that is not positive.
     """
 
     kind: ClassVar[Literal["episode"]] = "episode"
@@ -54,6 +55,7 @@ class EpisodeClasses:
     bias: float = 0.0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name, least in (("ways", 2), ("shots", 1), ("queries", 1)):
             if getattr(self, name) < least:
                 raise ValueError(

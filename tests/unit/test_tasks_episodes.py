@@ -111,6 +111,7 @@ class TestRefusals:
         ("settings", "reason"),
         [
             ({"ways": 1}, "ways of at least 2; got 1"),
+            ({"ways": 2.5}, "'ways' of EpisodeClasses is a whole number; got 2.5"),
             ({"ways": 4, "queries": 4}, "has 3 classes, and an episode takes 4"),
             ({"ways": 2, "shots": 10}, "16 images of the class 0, and an episode takes 10 shots and 15 queries"),
             ({"ways": 2, "shots": 0}, "shots of at least 1"),
