@@ -38,8 +38,8 @@ def merge(posterior: Posterior, draw: Mapping[str, Tensor] | None = None) -> Pre
         draw: site name -> value of the site's shape; None for the posterior mean.
 
     Raises:
-        ValueError: a backbone of text, a router that has not faded yet, a network without an image classifier in
-            ``transformers``, or logits that differ by more than rounding.
+        ValueError: a backbone of text, a gate for each row, a router that has not faded yet, a network without an image
+            classifier in ``transformers``, or logits that differ by more than rounding.
     """
     model, backbone = posterior.model, posterior.model.backbone
     if not isinstance(backbone, VisionBackbone):
@@ -48,6 +48,12 @@ def merge(posterior: Posterior, draw: Mapping[str, Tensor] | None = None) -> Pre
             "language model with the draw in its weights."
         )
     draw = posterior.mean() if draw is None else draw
+    for adapter in model.adapters:
+        if read := [key for key in adapter.context_keys if key != PROGRESS]:
+            raise ValueError(
+                f"{type(adapter).__name__} is another network for every value of {read[0]!r}, and merge makes one. Use "
+                f"merged(model, draw, {{{read[0]!r}: row[None]}}) for the network of one row."
+            )
     if model.gates(draw, posterior.context):
         fading = ", ".join(str(adapter) for adapter in model.adapters if PROGRESS in adapter.context_keys)
         raise ValueError(

@@ -290,6 +290,17 @@ def episodes_command(
         str, typer.Option("--merge", help="How a pool is merged for each episode.")
     ] = "MergeRule(sharpness=8.0)",
     semantics: Annotated[str, typer.Option("--semantics", help="mean, mixture or dirichlet.")] = "mean",
+    concentration: Annotated[
+        float, typer.Option("--concentration", help="Of the Dirichlet, the sum over members.")
+    ] = 10.0,
+    score: Annotated[
+        str | None,
+        typer.Option("--score", help="Attack under which members are scored: 'PGD(0.03)'; clean images by default."),
+    ] = None,
+    copies: Annotated[int, typer.Option("--copies", help="Augmented copies of a labelled image that are scored.")] = 1,
+    trim: Annotated[
+        str | None, typer.Option("--trim", help="Truncation of merged weights: 'Trim(0.9)'; none by default.")
+    ] = None,
     episodes: Annotated[int | None, typer.Option("--episodes", help="Number of episodes; all by default.")] = None,
     draws: Annotated[int, typer.Option("--draws", help="Draws of the posterior; 1 takes its mean.")] = 1,
     seed: Annotated[int, typer.Option("--seed", help="Seed of augmentation, draws and attacks.")] = 0,
@@ -305,8 +316,11 @@ def episodes_command(
     from pyrolora.inference.pool import TaskMerging
     from pyrolora.models.adapters import LoRAPool
     from pyrolora.models.merging import MergeRule
+    from pyrolora.models.trimming import Trim
 
     made = None if attack is None else declared(attack, ATTACKS, "attack")
+    scoring = None if score is None else declared(score, ATTACKS, "attack")
+    truncation = None if trim is None else declared(trim, {"Trim": Trim}, "truncation")
     rule = declared(merge, {"MergeRule": MergeRule}, "merge rule")
     for folder in folders:
         posterior = _load(folder, model, dtype, device, data_dir)
@@ -314,7 +328,17 @@ def episodes_command(
         if episodes is not None and isinstance(split, EpisodeSplit):
             split = split.subset(episodes * split.rows_each)
         pooled = any(isinstance(adapter, LoRAPool) for adapter in posterior.model.adapters)
-        judged = TaskMerging(posterior, rule, semantics=semantics) if pooled else posterior
+        judged: Posterior | TaskMerging = posterior
+        if pooled:
+            judged = TaskMerging(
+                posterior,
+                rule,
+                attack=scoring,
+                copies=copies,
+                trim=truncation,
+                semantics=semantics,
+                concentration=concentration,
+            )
         scores = evaluate_episodes(judged, split, attack=made, draws=draws, seed=seed, progress=not quiet)
         typer.echo(
             json.dumps({"posterior": str(folder), "task": task or posterior.model.task.name, **scores.to_dict()})

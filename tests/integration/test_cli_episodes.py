@@ -43,6 +43,19 @@ def test_members_and_pools_are_judged_on_any_domain(folders):
     assert pool["task"] == TASK
 
 
+def test_every_knob_of_merging_has_an_option(folders):
+    def judged(*options):
+        found = run("episodes", folders / "pool", "--episodes", 3, "--quiet", *options)
+        return json.loads(next(line for line in found.stdout.splitlines() if line[0] == "{"))
+
+    plain = judged()
+    assert judged("--trim", "Trim(0.5)")["nll"] != plain["nll"]
+    assert judged("--score", "PGD(0.3)")["weight_0"] != plain["weight_0"]
+    assert judged("--copies", 3)["weight_0"] != plain["weight_0"]
+    drawn = [judged("--semantics", "dirichlet", "--concentration", value)["nll"] for value in (0.1, 1e4)]
+    assert abs(drawn[1] - plain["nll"]) < abs(drawn[0] - plain["nll"])
+
+
 def test_the_fits_settings_are_kept_as_declared(folders):
     record = json.loads((folders / "amt" / "posterior_config.json").read_text())["record"]
     assert record["attack"]["attack"] == "PyramidPGD"

@@ -6,13 +6,14 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification, Dinov2Config, Dinov2Model
 
-from pyrolora.guides import MeanField
+from pyrolora.guides import MeanField, Point, build_guide
 from pyrolora.inference.evaluation import evaluate
 from pyrolora.inference.evaluation.retention import Retention, task_accuracies
 from pyrolora.inference.map import MAP
 from pyrolora.inference.merging import merge
+from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.svi import SVI
-from pyrolora.models.adapters import LastLayer, LoRA, MoEfiedLoRA
+from pyrolora.models.adapters import LastLayer, LoRA, MixtureLoRA, MoEfiedLoRA
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.vision import VisionBackbone
 
@@ -51,6 +52,14 @@ class TestMerge:
         again = AutoModelForImageClassification.from_pretrained(tmp_path)
         torch.testing.assert_close(again((pixels - 0.5) / 0.5).logits, network((pixels - 0.5) / 0.5).logits)
         assert again.config.id2label == {0: "top", 1: "middle", 2: "bottom"}
+
+    def test_a_gate_for_each_row_is_no_single_network(self, three_shapes_model):
+        model = three_shapes_model(adapter=[MixtureLoRA(rank=2, experts=2), LastLayer()])
+        posterior = Posterior(model, build_guide(Point(), model), {})
+        with pytest.raises(
+            ValueError, match=r"MixtureLoRA is another network for every value of 'sequence', and merge makes"
+        ):
+            merge(posterior)
 
     def test_dinov2_whose_classifier_reads_the_patches_as_well(self, three_shapes, pixels):
         torch.manual_seed(0)
