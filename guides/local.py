@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyrolora.guides.block_covariance import RowNormal
+from pyrolora.guides.class_contrasts import ContrastNormal
 from pyrolora.guides.full_covariance import DenseNormal
 from pyrolora.guides.kronecker import KroneckerDistribution
 from pyrolora.guides.low_rank import LowRankNormal
+from pyrolora.guides.matrix_normal import MatrixNormalDistribution
 from pyrolora.guides.vbll import logit_moments
 from pyrolora.models.local import LocalWeight
 
@@ -150,7 +152,7 @@ class LocalKronecker(LocalWeight):
 
 
 class LocalMatrix(LocalWeight):
-    """One matrix of Normal weights, whatever their covariance, drawn for every token by the moments of its product.
+    """One matrix of Normal weights, whatever their covariance, drawn for every token by the distribution of its product.
 
     Args:
         distribution: over a matrix, one that `logit_moments` knows.
@@ -170,16 +172,48 @@ class LocalMatrix(LocalWeight):
 
     def product(self, rows: Tensor) -> Tensor:
         """See `LocalWeight.product`."""
-        moments = logit_moments(self.distribution, rows.flatten(0, -2))
-        noise = torch.randn_like(moments.mean)
-        if moments.independent:
-            change = moments.variance.clamp_min(TINY).sqrt() * noise
-        else:
-            # a token of zeros has a product of zero, whose covariance has no Cholesky factor
-            slack = 10 * torch.finfo(self.dtype).eps * moments.variance.mean(-1, keepdim=True) + TINY
-            root = torch.linalg.cholesky(moments.spread + torch.diag_embed(slack.expand_as(moments.mean)))
-            change = (root @ noise[..., None])[..., 0]
-        return (moments.mean + change).unflatten(0, rows.shape[:-1])
+        flat = rows.flatten(0, -2)
+        noise = product_noise(self.distribution, flat)
+        return (functional.linear(flat, self.distribution.mean) + noise).unflatten(0, rows.shape[:-1])
+
+
+@singledispatch
+def product_noise(q: Any, rows: Tensor) -> Tensor:
+    """``x (W - E W)'`` for every row x, each with a draw of W of its own: ``product_noise(distribution, rows)``.
+
+    Each family takes the root of the product's covariance from its own factors: one that is formed has lost the small
+    directions of an ill-conditioned posterior in single precision.
+
+    Args:
+        q: Normal distribution over the matrix W, ``(out, in)``.
+        rows: activations.
+
+    Shape:
+        ``(rows, in)`` to ``(rows, out)``
+    """
+    variance = logit_moments(q, rows).variance
+    return variance.clamp_min(TINY).sqrt() * torch.randn_like(variance)
+
+
+@product_noise.register
+def _(q: MatrixNormalDistribution, rows: Tensor) -> Tensor:
+    length = (rows @ q.column_tril).square().sum(-1, keepdim=True).clamp_min(TINY).sqrt()
+    return length * (torch.randn_like(rows @ q.loc.mT) @ q.row_tril.mT)
+
+
+@product_noise.register
+def _(q: ContrastNormal, rows: Tensor) -> Tensor:
+    variance = (rows @ q.scale_tril).square().sum(-1).mT
+    own = variance.clamp_min(TINY).sqrt() * torch.randn_like(variance)
+    length = rows.square().sum(-1, keepdim=True).clamp_min(TINY).sqrt()
+    return own - own.mean(-1, keepdim=True) + q.shift_scale * length * torch.randn_like(length)
+
+
+@product_noise.register
+def _(q: DenseNormal, rows: Tensor) -> Tensor:
+    root = torch.einsum("nd,cdk->nck", rows, q.scale_tril.reshape(*q.loc.shape, -1))
+    noise = torch.randn(len(rows), root.shape[-1], 1, dtype=root.dtype, device=root.device)
+    return (root @ noise)[..., 0]
 
 
 @singledispatch

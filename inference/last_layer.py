@@ -43,7 +43,7 @@ class LastLayerHead:
         if others:
             raise ValueError(
                 f"{others[0]} changes the label rows as well, so the logits are no function of head.weight and the features "
-                "alone. Leave the embeddings out of it, or use SVI or Laplace."
+                f"alone. Leave {others[0]} out, or its embeddings where it changes them, or use SVI or Laplace."
             )
         if not one_feature_vector(model):
             raise ValueError(

@@ -1,6 +1,7 @@
 """The posterior that every engine returns."""
 
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ class Posterior:
             raise ValueError(
                 f"{type(self).__name__} has no prediction of kind {kind!r}. {remedy} Kinds: {', '.join(kinds)}."
             )
-        if draws != int(draws) or draws < 1:
+        if not isinstance(draws, Integral) or draws < 1:
             raise ValueError(
                 f"A prediction needs at least one draw, a whole number; got {draws}. A usual choice is 10."
             )

@@ -20,7 +20,7 @@ class RankReport:
 
     Attributes:
         projection: name of the sites without ``.lora_A`` and ``.lora_B``.
-        layers: number of the block of each entry.
+        layers: number of the block of each entry; that of the label rows is one above the last block's.
         signal_to_noise: ``|E b_k a_k'| / sqrt(E |b_k a_k'|^2 - |E b_k a_k'|^2)`` in the Frobenius norm; infinite for a point.
         kept: which parts stay.
         prior_scales: ``"lora_A"`` and ``"lora_B"``, where the prior has `learned` scales -> the scale (standard deviation of
@@ -95,7 +95,9 @@ def rank_reports(posterior: Posterior, threshold: float) -> dict[str, RankReport
         whole = a.second_moment().sum(-1) * b.second_moment().sum(-2)
         noise = (whole - signal).clamp_min(0)
         ratio = torch.where(noise > 0, (signal / noise).sqrt(), torch.where(signal > 0, torch.inf, 0.0))
-        layers = posterior.model.sites[f"{pair}.lora_A"].layers
+        # the label rows are no stack over layers, and come after the last
+        layers = posterior.model.sites[f"{pair}.lora_A"].layers or (len(posterior.model.backbone.blocks),)
+        ratio = ratio.reshape(len(layers), -1)
         found[pair] = RankReport(pair, layers, ratio, ratio >= threshold, _prior_scales(posterior, pair, ratio.shape))
     return found
 
@@ -132,8 +134,9 @@ def prune_ranks(posterior: Posterior, threshold: float) -> tuple[Posterior, dict
     factors = dict(guide.items())
     for pair, report in reports.items():
         gone = ~report.kept
-        for suffix, mask in (("lora_A", gone[..., None]), ("lora_B", gone[:, None])):
+        for suffix, mask in (("lora_A", gone[..., None]), ("lora_B", gone[..., None, :])):
             factor = factors[f"{pair}.{suffix}"]
+            mask = mask.reshape(mask.shape[-len(factor.mean().shape) :])
             for name, parameter in factor.named_parameters():
                 value = {"loc": 0.0, "value": 0.0}.get(name)
                 if name == "log_scale":

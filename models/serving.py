@@ -59,7 +59,7 @@ def merged(
             network.save_pretrained("runs/merged")
 
     Merged, a draw costs nothing at run time; the weights of adapted projections are kept aside meanwhile. A change of the
-    label rows (`LastLayer`) is no weight of the network and is not merged.
+    label rows (`LastLayer`, `LabelLoRA`) is no weight of the network and is not merged.
 
     Args:
         model: the model.

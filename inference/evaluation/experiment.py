@@ -122,7 +122,7 @@ def prepare(
     needed = config.needed()
     _check_claim(out, config)
     data = _task(config)
-    foreign = {name: _at_most(_foreign(name, config, data), config.ood_size) for name in config.ood}
+    foreign = {name: _at_most(foreign_items(name, data, config.data_dir), config.ood_size) for name in config.ood}
     shifted = {name: _shifted(name, config, data) for name in config.shift}
     test = data.test if config.test_size is None else data.test.subset(config.test_size, seed=0)
     if config.miscoverage is not None and not len(data.validation):
@@ -204,12 +204,21 @@ def sibling_task(name: str, data_dir: str | None) -> Task:
     return task(name)
 
 
-def _foreign(name: str, config: ExperimentConfig, data: Task) -> Split:
-    """Test items of a task whose labels are not used."""
-    other = sibling_task(name, config.data_dir).test
-    if name != config.task and {row.content for row in other} == {row.content for row in data.test}:
+def foreign_items(name: str, own: Task, data_dir: str | None) -> Split:
+    """Test items of a task whose labels are not used: ``foreign_items("crowd_tweets", own_task, None)``.
+
+    Args:
+        name: the foreign task.
+        own: the task that posteriors were fitted on.
+        data_dir: folder of its files, which may hold the foreign ones too.
+
+    Raises:
+        ValueError: they are the task's own test items.
+    """
+    other = sibling_task(name, data_dir).test
+    if name != own.name and {row.content for row in other} == {row.content for row in own.test}:
         raise ValueError(
-            f"The test items of {name!r} are those of {config.task!r}: both are read from the files in {config.data_dir!r}. "
+            f"The test items of {name!r} are those of {own.name!r}: both are read from the files in {data_dir!r}. "
             "Give the folder above it, with a folder for each task, as data_dir."
         )
     return other

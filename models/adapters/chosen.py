@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from pyrolora.models.adapters.base import PROGRESS, Adapter
+from pyrolora.models.adapters.label_lora import LabelLoRA
 from pyrolora.models.adapters.last_layer import LastLayer
 from pyrolora.models.adapters.lora import LoRA
 from pyrolora.models.tasks import Task
@@ -17,17 +18,18 @@ def adapters_for(task: Task, adapter: Adapter | Sequence[Adapter] | None) -> tup
 
     Raises:
         TypeError: an adapter that is none.
-        ValueError: an empty list, a `LastLayer` for classes that are other ones in every episode, or a gate that reads a
-            vector of each example of them.
+        ValueError: an empty list, a `LastLayer` or `LabelLoRA` for classes that are other ones in every episode, or a
+            gate that reads a vector of each example of them.
     """
     adapters = _as_adapters(adapter)
     has_head = any(isinstance(one, LastLayer) for one in adapters)
     if task.format.kind == "image" and not has_head:
         # without a head all logits would stay zero
         return (*adapters, LastLayer())
-    if task.format.kind == "episode" and has_head:
+    rows = [type(one).__name__ for one in adapters if isinstance(one, LastLayer | LabelLoRA)]
+    if task.format.kind == "episode" and rows:
         raise ValueError(
-            f"The classes of {task.name!r} are other ones in every episode, and LastLayer() has a row for each class. Leave "
+            f"The classes of {task.name!r} are other ones in every episode, and {rows[0]}() has a row for each class. Leave "
             "it out: queries are compared with prototypes."
         )
     for one in adapters:

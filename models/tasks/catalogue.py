@@ -166,15 +166,14 @@ def _arc(name: str, config: str) -> TaskSpec:
 def _paper(spec: TaskSpec, letters: str, heading: str, option: str = "{text}) {letter}") -> TaskSpec:
     """A task as the released BLoB code asks it: its instruction, its spelling, and the letter after its option."""
     template = (
-        "Return the label of the correct answer for the question below.\n\nQuestion: {question}\n{choices}\nAnswer:"
+        "Return the label of the correct answer for the question below.\n\nQuestion: {question}\n{options}\nAnswer:"
     )
     return replace(
         spec,
         name=f"{spec.name}_paper",
-        fields=("question", "choices"),
         labels=tuple(letters),
         reader=listing_reader(spec.reader, option, letters, heading),
-        format=Verbaliser(template, tuple(letters), separator=None, truncation="right"),
+        format=Letter(template, tuple(letters), option, heading, separator=None, truncation="right"),
         description=f"{spec.description} Asked with the prompt of the released BLoB code.",
     )
 

@@ -124,12 +124,13 @@ class Letter:
     Usage: ``Letter("Question: {question}\n{options}\nAnswer:")``.
 
     A small model is near chance in this form (SmolLM2-135M: 0.26 to 0.32 of four options); see
-    `OptionScoring`.
+    `OptionScoring`. An example that brings its options written out, in the field ``listing``, shows those as they are.
 
     Args:
         template: the prompt; ``{options}`` stands for the listed options, one a line.
         letters: one for each position an option can have.
         option: how one option is listed, with ``{letter}`` and ``{text}``.
+        heading: a line above the options.
         separator: what stands between prompt and letter when the prompt ends without white space; None as in `Verbaliser`.
         ended: whether an end-of-sequence token follows the prompt, after which the answer is read.
         truncation: see `Verbaliser`.
@@ -140,6 +141,7 @@ class Letter:
     template: str = "Question: {question}\n{options}\nAnswer:"
     letters: tuple[str, ...] = ("A", "B", "C", "D")
     option: str = "{letter}) {text}"
+    heading: str = ""
     separator: str | None = " "
     ended: bool = False
     truncation: str = "left"
@@ -172,6 +174,8 @@ class Letter:
         Raises:
             ValueError: an example without options, or with more than there are letters.
         """
+        if "listing" in example.fields:
+            return fill(self.template, example, {"options": example.fields["listing"]})
         if not example.options or len(example.options) > len(self.letters):
             raise ValueError(
                 f"Example {example.id!r} has {len(example.options)} options, expected 1 to "
@@ -181,7 +185,8 @@ class Letter:
             )
         pairs = zip(self.letters, example.options, strict=False)
         # the text last, so that braces in it are not taken for fields
-        listed = "\n".join(self.option.replace("{letter}", letter).replace("{text}", text) for letter, text in pairs)
+        lines = [self.option.replace("{letter}", letter).replace("{text}", text) for letter, text in pairs]
+        listed = "\n".join([self.heading, *lines] if self.heading else lines)
         return fill(self.template, example, {"options": listed})
 
     def label_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

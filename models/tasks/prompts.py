@@ -199,12 +199,14 @@ def lone_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> tup
     Usage: ``lone_tokens(tokenizer, ("A", "B"))``.
 
     Raises:
-        ValueError: a word without tokens, or two with the same last token.
+        ValueError: a word that is empty or unknown to the tokenizer, or two with the same last token.
     """
     found: dict[int, str] = {}
     for word, ids in zip(words, tokenizer(list(words), add_special_tokens=False).input_ids, strict=True):
         if not ids:
             raise ValueError(f"The label {word!r} is empty; give every label a word. Labels: {list(words)}.")
+        if ids[-1] == tokenizer.unk_token_id:
+            raise ValueError(f"The label {word!r} is not in the tokenizer's vocabulary; use another word.")
         if ids[-1] in found:
             raise ValueError(
                 f"The labels {found[ids[-1]]!r} and {word!r} end in the same token, so the model cannot tell them apart; use "

@@ -100,7 +100,7 @@ def choice_reader(question: str = "question", choices: str = "choices", answer: 
 
 
 def listing_reader(read: Reader, line: str, letters: Sequence[str], heading: str, choices: str = "choices") -> Reader:
-    """Return a reader that also writes the options out, one a line, as the field ``choices``.
+    """Return a reader that also writes the options out, one a line, as the field ``listing`` that `Letter` shows.
 
     Usage: ``listing_reader(choice_reader(), "{letter}) {text}", "ABCDE", "Choices:")``.
 
@@ -125,7 +125,7 @@ def listing_reader(read: Reader, line: str, letters: Sequence[str], heading: str
         lines = [
             line.replace("{letter}", name).replace("{text}", text) for name, text in zip(names, texts, strict=False)
         ]
-        return replace(example, fields={**example.fields, "choices": "\n".join([heading, *lines])})
+        return replace(example, fields={**example.fields, "listing": "\n".join([heading, *lines])})
 
     return listed
 

@@ -223,7 +223,7 @@ def evaluate_command(
     quiet: Quiet = False,
 ) -> None:
     """Judge kept posteriors on their task's test items."""
-    from pyrolora.inference.evaluation.experiment import sibling_task
+    from pyrolora.inference.evaluation.experiment import foreign_items
 
     posteriors = {str(folder): _load(folder, model, dtype, device, data_dir) for folder in folders}
     first = next(iter(posteriors.values()))
@@ -233,8 +233,8 @@ def evaluate_command(
                 f"{name} is a posterior of the task {posterior.model.task.name!r}, and {folders[0]} of "
                 f"{first.model.task.name!r}. Evaluate them apart."
             )
-    foreign = {name: sibling_task(name, data_dir).test for name in (ood.split(",") if ood else ())}
     own = first.model.task
+    foreign = {name: foreign_items(name, own, data_dir) for name in (ood.split(",") if ood else ())}
     groups = getattr(own.format, "groups", ())
     report = evaluate(posteriors, own.test, ood=foreign, groups=groups, kind=kind, draws=draws, progress=not quiet)
     typer.echo(report.to_markdown())

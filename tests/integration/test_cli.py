@@ -167,14 +167,18 @@ class TestOtherCommands:
 
     def test_a_kind_of_prediction_and_foreign_tasks_of_the_same_folder(self, kept, reviews, tmp_path):
         (amazon,) = reviews.glob("amazon*")
-        for name in ("amazon", "yelp"):
-            shutil.copy(amazon, tmp_path / amazon.name.replace("amazon", name))
+        shutil.copy(amazon, tmp_path / amazon.name)
+        yelp = tmp_path / amazon.name.replace("amazon", "yelp")
+        yelp.write_text(amazon.read_text().replace('"text": "', '"text": "you '))
         flags = ("--data-dir", tmp_path, "--kind", "flipout", "--draws", 2, "--quiet")
         result = run("evaluate", kept, *flags, "--ood", "uci_sentiment_yelp", "--out", tmp_path / "judged")
         assert result.exit_code == 0, result.output
         (row,) = Report.load(tmp_path / "judged").rows
         assert row.kind == "flipout"
         assert "uci_sentiment_yelp" in result.stdout
+        shutil.copy(amazon, yelp)
+        same = run("evaluate", kept, *flags, "--ood", "uci_sentiment_yelp")
+        refused(same, "'uci_sentiment_yelp' are those of 'uci_sentiment'")
         plain, token = (
             run("predict", kept, "a sad case", "--data-dir", reviews, "--kind", kind).stdout
             for kind in ("mean", "token")

@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from pyrolora.inference.evaluation.cell import Cell
 from pyrolora.inference.evaluation.experiment import (
     ExperimentConfig,
-    _foreign,
     _task,
     compare,
     fit_one,
+    foreign_items,
     read_config,
 )
 from pyrolora.inference.evaluation.methods import METHODS as METHODS_BY_NAME
@@ -322,10 +322,12 @@ def test_foreign_items_lie_beside_the_task_s_own_and_are_never_its_own(config, t
             (tmp_path / folder / f"{part}.jsonl").write_text("\n".join(lines))
     arc = config(task="arc_easy", data_dir=str(tmp_path), ood=("arc_challenge",), train_size=None, test_size=None)
     data = _task(arc)
-    assert {example.id for example in _foreign("arc_challenge", arc, data)} == {str(n) for n in range(200, 400)}
+    assert {example.id for example in foreign_items("arc_challenge", data, arc.data_dir)} == {
+        str(n) for n in range(200, 400)
+    }
     inside = replace(arc, data_dir=str(tmp_path / "arc_easy"))
     with pytest.raises(ValueError, match=r"'arc_challenge' are those of 'arc_easy'.*Give the folder above it"):
-        _foreign("arc_challenge", inside, data)
+        foreign_items("arc_challenge", data, inside.data_dir)
 
 
 class TestFitOne:

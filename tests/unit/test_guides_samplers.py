@@ -116,6 +116,14 @@ class TestPredicting:
         assert monte_carlo_error(rounds, sampler) < 0.02 <= monte_carlo_error(rounds[:-1], sampler)
         assert len(predict(1e-9, draws=6).probs) == 6, "never more than were asked for"
 
+    def test_draws_are_counted_and_samplers_need_them(self, three_topics_model):
+        model, posterior = self.posterior(three_topics_model)
+        for draws in (0, 2.5, 10.0, float("nan"), None, "3"):
+            with pytest.raises(ValueError, match="at least one draw, a whole number; got"):
+                posterior.predict(model.task.test, draws=draws)
+        with pytest.raises(ValueError, match="spreads weight draws, and kind='mean' takes none"):
+            posterior.predict(model.task.test, kind="mean", sampler="antithetic")
+
     def test_a_tolerance_without_draws_is_refused(self, three_topics_model):
         model, posterior = self.posterior(three_topics_model)
         for settings in ({"kind": "mean", "tolerance": 0.1}, {"tolerance": 0.0}):

@@ -7,7 +7,7 @@ import torch
 from pyrolora.guides import BLoB, KroneckerNormal, MeanField, Point, build_guide
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.pruning import prune_ranks, rank_reports
-from pyrolora.models.adapters import LastLayer, LoRA, PiSSA
+from pyrolora.models.adapters import LabelLoRA, LastLayer, LoRA, PiSSA
 from pyrolora.models.prior_declarations import learned
 
 # chance that a Monte-Carlo ratio misses by a tenth although it is right: below 1e-6 at 20,000 draws
@@ -61,6 +61,21 @@ def test_pruning_takes_out_what_is_below_and_nothing_else(model):
     assert pruned.record["pruned"]["q_proj"]["kept"] == reports["q_proj"].kept.tolist()
     assert pruned.log_prob(draw).isfinite().all()
     assert not torch.equal(pruned.predict(model.task.test).probs, posterior.predict(model.task.test).probs)
+
+
+def test_label_rows_lose_a_rank_and_no_class(three_topics_model):
+    model = three_topics_model(adapter=[LoRA(rank=2), LabelLoRA(rank=3)])  # as many ranks as classes
+    posterior = posterior_of(model, BLoB(init_scale=0.01))
+    with torch.no_grad():
+        dict(posterior.guide.items())["lm_head.lora_A"].loc[0] *= 1e-6
+    pruned, reports = prune_ranks(posterior, 0.2)
+    assert reports["lm_head"].kept.tolist() == [[False, True, True]]
+    assert reports["lm_head"].effective_ranks == [2]
+    assert reports["lm_head"].to_markdown().splitlines()[-1].startswith("| 3 | 2 of 3 |")
+    for side, name in enumerate(("lm_head.lora_A", "lm_head.lora_B")):
+        before, after = posterior.mean()[name], pruned.mean()[name]
+        assert not after.select(side, 0).any()
+        assert torch.equal(after.narrow(side, 1, 2), before.narrow(side, 1, 2))
 
 
 def test_points_have_infinite_signal_and_empty_parts_none(model):

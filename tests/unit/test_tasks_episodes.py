@@ -11,7 +11,7 @@ from pyrolora.inference.laplace import Laplace
 from pyrolora.inference.map import MAP
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.svi import SVI
-from pyrolora.models.adapters import LastLayer, LoRA
+from pyrolora.models.adapters import LabelLoRA, LastLayer, LoRA
 from pyrolora.models.program import BayesianModel
 from pyrolora.models.prototypes import class_prototypes, prototype_logits
 from pyrolora.models.tasks import EpisodeClasses, episodic, task
@@ -145,6 +145,8 @@ class TestRefusals:
     def test_a_last_layer(self, episodes, tiny_vision):
         with pytest.raises(ValueError, match="other ones in every episode"):
             BayesianModel(tiny_vision(), episodes, adapter=[LoRA(rank=2), LastLayer()])
+        with pytest.raises(ValueError, match=r"LabelLoRA\(\) has a row for each class"):
+            BayesianModel(tiny_vision(), episodes, adapter=[LoRA(rank=2), LabelLoRA(rank=2)])
 
     def test_curvature(self, episodes, tiny_vision):
         model = BayesianModel(tiny_vision(), episodes, adapter=LoRA(rank=2))

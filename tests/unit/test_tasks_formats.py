@@ -189,6 +189,9 @@ class TestLetter:
             }
             example = spec.reader(Row(row, "train", 0))
             assert example.label == 1
+            told = Example({"question": "Sky {x}?"}, 1, options=("{letter}", "blue"))
+            if keys == "AB":
+                assert spec.format.prompt(told) == spec.format.prompt(example), "options without names of their own"
             assert spec.format.prompt(example) == (
                 "Return the label of the correct answer for the question below.\n\n"
                 f"Question: Sky {{x}}?\n{heading}\n{{letter}}) {keys[0]}\nblue) {keys[1]}\nAnswer:"
@@ -216,6 +219,8 @@ class TestLetter:
         assert tokenizer.convert_ids_to_tokens(list(after)) == ["A", "B"]
         with pytest.raises(ValueError, match="'AB' and 'BB' end in the same token"):
             Verbaliser("{text}", ("AB", "BB"), separator=None).label_ids(tokenizer)
+        with pytest.raises(ValueError, match="The label 'C' is not in the tokenizer's vocabulary"):
+            Verbaliser("{text}", ("A", "C"), separator=None).label_ids(tokenizer)
 
     def test_a_prompt_may_lose_its_end_instead(self, plain, caplog):
         with caplog.at_level(logging.WARNING, logger="pyrolora"):
