@@ -6,10 +6,12 @@ import torch
 
 from pyrolora.guides import FullCovariance, KroneckerNormal, LowRank, MeanField, Point, build_guide
 from pyrolora.guides.samplers import SAMPLERS, draws_of
+from pyrolora.inference import posterior as posterior_module
 from pyrolora.inference.posterior import Posterior
 from pyrolora.inference.predictive import DRAWS_A_ROUND, Predictive, monte_carlo_error
 from pyrolora.models.adapters import LoRA
 from pyrolora.models.sites import Site
+from pyrolora.models.trunk import TrunkCache
 
 SITE = Site("x", torch.Size((2, 3, 4)), ("layer", "out", "in"), ("a", "b"))
 NORMALS = [MeanField(), LowRank(rank=2), FullCovariance(), KroneckerNormal(rank=2)]
@@ -115,6 +117,30 @@ class TestPredicting:
         rounds = [Predictive(part, "mc") for part in fine.probs.split(DRAWS_A_ROUND)]
         assert monte_carlo_error(rounds, sampler) < 0.02 <= monte_carlo_error(rounds[:-1], sampler)
         assert len(predict(1e-9, draws=6).probs) == 6, "never more than were asked for"
+
+    def test_few_units_have_no_standard_error(self):
+        probs = torch.rand(16, 5, 3, generator=torch.Generator().manual_seed(0))
+        for sampler, draws in (("independent", 4), ("antithetic", 8), ("stratified", 16)):
+            rounds = [Predictive(part, "mc") for part in probs[:draws].split(DRAWS_A_ROUND)]
+            assert monte_carlo_error(rounds, sampler) < 1
+            assert len(rounds) == 1 or monte_carlo_error(rounds[:-1], sampler) == float("inf")
+
+    def test_hidden_states_are_kept_only_where_more_draws_may_follow(self, three_topics_model, monkeypatch):
+        model = three_topics_model(torch.float32, adapter=LoRA(rank=2, layers=(2,)))
+        posterior = Posterior(model, build_guide(MeanField(init_scale=0.1), model), {})
+        caches = []
+
+        class Watched(TrunkCache):
+            def __init__(self, *arguments):
+                super().__init__(*arguments)
+                caches.append(self)
+
+        monkeypatch.setattr(posterior_module, "TrunkCache", Watched)
+        for tolerance in (None, 1e-9):
+            posterior.predict(model.task.test, draws=8, tolerance=tolerance)
+        once, again = ([row is not None for row in cache._rows] for cache in caches)
+        assert not any(once)
+        assert all(again)
 
     def test_draws_are_counted_and_samplers_need_them(self, three_topics_model):
         model, posterior = self.posterior(three_topics_model)
