@@ -9,8 +9,8 @@ The transcription keeps what decides the released code's cost: a perturbation wi
 q, v and the vocabulary head, logits over the vocabulary at every position, a KL in float64, two optimisers. It is float32, as
 the released code is without a GPU. Prompts are the released code's, and all sides get the same batches, drawn at random and
 padded as its loader does: what batches of similar length save is printed, and not counted. Steps and predictions are taken in
-turn in one process; ratios of medians and their range over rounds are the result. Peak memory is of a process for each side:
-what it had resident on a CPU, what its tensors took on a GPU.
+turn in one process; medians of ratios and their range over rounds are the result. Peak memory is of a process for each side,
+without what loading took: what it had resident on a CPU, what its tensors took on a GPU.
 """
 
 import argparse
@@ -191,12 +191,11 @@ SIDES: dict[str, tuple[str, Callable[[pl.Backbone, Task], Any]]] = {
 }
 
 
-def make(name: str, task: Task, arguments: argparse.Namespace) -> tuple[Any, list[dict[str, Tensor]]]:
-    """A side over a network of its own, and its batches."""
+def make(name: str, task: Task, device: str) -> tuple[Any, pl.Backbone]:
+    """A side, and the backbone over whose network it was built, which goes on encoding."""
     dtype, build = SIDES[name]
-    backbone = pl.load_backbone("smollm2-135m", dtype=dtype, device=arguments.device)
-    batches = random_batches(backbone.encode(task.train, task.format, MAX_LENGTH), arguments)
-    return build(backbone, task), batches
+    backbone = pl.load_backbone("smollm2-135m", dtype=dtype, device=device)
+    return build(backbone, task), backbone
 
 
 def random_batches(data: EncodedSplit, arguments: argparse.Namespace) -> list[dict[str, Tensor]]:
@@ -222,9 +221,9 @@ def require_one_answer(sides: Mapping[str, Any], batch: Batch) -> None:
 def compare(arguments: argparse.Namespace) -> None:
     """Print the table of steps, predictions and memory."""
     task = released_prompts(arguments.data_dir)
-    made = {name: make(name, task, arguments) for name in SIDES}
-    sides, batches = {name: side for name, (side, _) in made.items()}, made["ours, float32"][1]
+    sides = {name: make(name, task, arguments.device)[0] for name in SIDES}
     data = sides["ours, float32"].model.encode(task.train)
+    batches = random_batches(data, arguments)
     require_one_answer(sides, batches[0])
     steps: dict[str, list[float]] = {name: [] for name in sides}
     predictions: dict[str, list[float]] = {name: [] for name in sides}
@@ -271,7 +270,9 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def memory(arguments: argparse.Namespace) -> None:
     """Print the peak memory of a process that takes four steps of one side, gigabytes."""
-    side, batches = make(arguments.memory, released_prompts(arguments.data_dir), arguments)
+    task = released_prompts(arguments.data_dir)
+    side, backbone = make(arguments.memory, task, arguments.device)
+    batches = random_batches(backbone.encode(task.train, task.format, MAX_LENGTH), arguments)
     if arguments.device == "cpu":
         # from here on the high-water mark is that of training, without what loading took
         Path("/proc/self/clear_refs").write_text("5")

@@ -216,7 +216,6 @@ def _(q: DenseNormal, rows: Tensor) -> Tensor:
     return (root @ noise)[..., 0]
 
 
-@singledispatch
 def local_weight(distribution: object, method: str) -> LocalWeight:
     """Token noise of a Normal posterior.
 
@@ -231,54 +230,59 @@ def local_weight(distribution: object, method: str) -> LocalWeight:
     Raises:
         ValueError: a distribution or method for which there is none.
     """
-    raise ValueError(
-        f"There is no noise={method!r} for a {type(distribution).__name__}: a product with it has no simple distribution. "
-        "Use noise='example' or noise='weight', which take any posterior."
-    )
-
-
-@local_weight.register(dist.Independent)
-def _independent(distribution: dist.Independent, method: str) -> LocalWeight:
-    base = distribution.base_dist
-    if not isinstance(base, dist.Normal):
-        return local_weight.dispatch(object)(base, method)
-    return (Flipout if method == "flipout" else LocalNormal)(base.loc, base.scale)
-
-
-@local_weight.register(LowRankNormal)
-def _low_rank(distribution: LowRankNormal, method: str) -> LocalWeight:
-    shape = distribution.loc.shape
-    if len(shape) == 2:
-        return _matrix(distribution, method)
-    if method == "flipout" or len(shape) != 3:
-        return local_weight.dispatch(object)(distribution, method)
-    own = LocalNormal(distribution.loc, distribution.cov_diag.sqrt().reshape(shape))
-    return LocalLowRank(own, distribution.cov_factor.mT.reshape(shape[0], -1, *shape[1:]))
-
-
-@local_weight.register(DenseNormal)
-def _dense(distribution: DenseNormal, method: str) -> LocalWeight:
-    shape = distribution.loc.shape
-    if len(shape) == 2:
-        return _matrix(distribution, method)
-    if method == "flipout" or len(shape) != 3:
-        return local_weight.dispatch(object)(distribution, method)
-    # what one entry says about another is nothing that a token's product with one of them could show
-    directions = distribution.scale_tril.mT.reshape(-1, *shape).transpose(0, 1)
-    return LocalLowRank(LocalNormal(distribution.loc, torch.zeros_like(distribution.loc)), directions)
-
-
-@local_weight.register(RowNormal)
-def _matrix(distribution: Any, method: str) -> LocalWeight:
+    made = _token(distribution)
     if method == "flipout":
-        return local_weight.dispatch(object)(distribution, method)
+        # signs leave the law of independent Normals as it is, and of no others
+        made = Flipout(made.loc, made.scale) if isinstance(made, LocalNormal) else None
+    if made is None:
+        base = distribution.base_dist if isinstance(distribution, dist.Independent) else distribution
+        raise ValueError(
+            f"There is no noise={method!r} for a {type(base).__name__}: a product with it has no simple distribution. "
+            "Use noise='example' or noise='weight', which take any posterior."
+        )
+    return made
+
+
+@singledispatch
+def _token(distribution: object) -> LocalWeight | None:
+    return None
+
+
+@_token.register(dist.Independent)
+def _independent(distribution: dist.Independent) -> LocalWeight | None:
+    base = distribution.base_dist
+    return LocalNormal(base.loc, base.scale) if isinstance(base, dist.Normal) else _token(base)
+
+
+@_token.register(RowNormal)
+def _matrix(distribution: Any) -> LocalWeight:
     return LocalMatrix(distribution)
 
 
-@local_weight.register(KroneckerDistribution)
-def _kronecker(distribution: KroneckerDistribution, method: str) -> LocalWeight:
-    if method == "flipout":
-        return local_weight.dispatch(object)(distribution, method)
+@_token.register(LowRankNormal)
+def _low_rank(distribution: LowRankNormal) -> LocalWeight | None:
+    own = LocalNormal(distribution.loc, distribution.cov_diag.sqrt().reshape(distribution.loc.shape))
+    return _along(distribution, own, distribution.cov_factor.mT)
+
+
+@_token.register(DenseNormal)
+def _dense(distribution: DenseNormal) -> LocalWeight | None:
+    own = LocalNormal(distribution.loc, torch.zeros_like(distribution.loc))
+    # what one entry says about another is nothing that a token's product with one of them could show
+    entries = distribution.scale_tril.mT.unflatten(1, (len(distribution.loc), -1)).transpose(0, 1)
+    return _along(distribution, own, entries)
+
+
+def _along(distribution: Any, own: LocalNormal, directions: Tensor) -> LocalWeight | None:
+    """A stack of matrices with shared directions, ``(entries, directions, weights)``, or one matrix by itself."""
+    shape = distribution.loc.shape
+    if len(shape) == 2:
+        return LocalMatrix(distribution)
+    return LocalLowRank(own, directions.unflatten(-1, shape[1:])) if len(shape) == 3 else None
+
+
+@_token.register(KroneckerDistribution)
+def _kronecker(distribution: KroneckerDistribution) -> LocalWeight:
     parts = (distribution.loc, distribution.scale, distribution.out_basis, distribution.in_basis, distribution.rest)
     stack = LocalKronecker(*parts)
     return stack if len(distribution.event_shape) == 3 else stack.entries()[0]

@@ -152,7 +152,8 @@ class Posterior:
 
         Raises:
             ValueError: an unknown kind or sampler (the nearest is offered), a linearised kind beside gates that are drawn for
-                single rows, fewer than one draw, or a tolerance that is not positive or given where no weights are drawn.
+                single rows, draws that are no whole number of one or more, a tolerance that is not positive, or a tolerance
+                or sampler where no weights are drawn.
         """
         kind = self.default_kind if kind is None else kind
         if kind not in (kinds := self.kinds):

@@ -182,10 +182,10 @@ class Cell:
                 model.row_logits(batch, model.initial(), local=True)
             model.release()
         except (ValueError, TypeError) as error:
-            added = f" The method adds {', '.join(method.adapters)}: {self.name}.adapters=[] takes it away."
+            names = ", ".join(method.adapters)
+            added = f" The method adds {names}: {self.name}.adapters=[] takes it away." if names else ""
             raise ValueError(
-                f"The method {self.name!r} does not go with its adapter, prior and task. {error}"
-                f"{added if method.adapters else ''}"
+                f"The method {self.name!r} does not go with its adapter, prior and task. {error}{added}"
             ) from error
 
     def posterior(self, backbone: Backbone, data: Task, fitted: dict[str, Posterior], progress: bool) -> Posterior:

@@ -189,13 +189,8 @@ def _task(config: ExperimentConfig, seed: int = 0) -> Task:
     return task(config.task, data_dir=config.data_dir, train_size=config.train_size, seed=seed)
 
 
-def sibling_task(name: str, data_dir: str | None) -> Task:
-    """Another task: from the same folder if it lies there, else from its package or the hub.
-
-    Args:
-        name: the task.
-        data_dir: folder of the first task's files.
-    """
+def _sibling(name: str, data_dir: str | None) -> Task:
+    """Another task: from the same folder if it lies there, else from its package or the hub."""
     if data_dir is not None:
         try:
             return task(name, data_dir=data_dir)
@@ -215,7 +210,7 @@ def foreign_items(name: str, own: Task, data_dir: str | None) -> Split:
     Raises:
         ValueError: they are the task's own test items.
     """
-    other = sibling_task(name, data_dir).test
+    other = _sibling(name, data_dir).test
     if name != own.name and {row.content for row in other} == {row.content for row in own.test}:
         raise ValueError(
             f"The test items of {name!r} are those of {own.name!r}: both are read from the files in {data_dir!r}. "
@@ -226,7 +221,7 @@ def foreign_items(name: str, own: Task, data_dir: str | None) -> Split:
 
 def _shifted(name: str, config: ExperimentConfig, data: Task) -> Split:
     """Test items of a sibling task."""
-    other = sibling_task(name, config.data_dir)
+    other = _sibling(name, config.data_dir)
     if other.labels != data.labels:
         raise ValueError(
             f"The task {name!r} has the classes {', '.join(other.labels)}, expected {', '.join(data.labels)} as in "

@@ -11,8 +11,8 @@ from pyrolora.models.tasks.option_scoring import OptionScoring
 from pyrolora.models.tasks.prompts import (
     EncodedRow,
     fill,
-    first_tokens,
-    lone_tokens,
+    label_tokens,
+    list_options,
     shorten,
     template_fields,
     token_ids,
@@ -99,9 +99,7 @@ class Verbaliser:
             ValueError: a word that is empty, unknown or split after white space, or two that share their
                 first token.
         """
-        if self.separator is None:
-            return lone_tokens(tokenizer, self.labels)
-        return first_tokens(tokenizer, self.template, self.labels, self.separator)
+        return label_tokens(tokenizer, self.template, self.labels, self.separator)
 
     def encode(
         self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
@@ -183,10 +181,7 @@ class Letter:
                 f"{', '.join(self.letters)}. Give Letter(letters=...) more of them, or use a Verbaliser for "
                 "plain texts."
             )
-        pairs = zip(self.letters, example.options, strict=False)
-        # the text last, so that braces in it are not taken for fields
-        lines = [self.option.replace("{letter}", letter).replace("{text}", text) for letter, text in pairs]
-        listed = "\n".join([self.heading, *lines] if self.heading else lines)
+        listed = list_options(self.option, self.letters, example.options, self.heading)
         return fill(self.template, example, {"options": listed})
 
     def label_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -195,9 +190,7 @@ class Letter:
         Raises:
             ValueError: two letters share their token, or one is unknown to the tokenizer.
         """
-        if self.separator is None:
-            return lone_tokens(tokenizer, self.letters)
-        return first_tokens(tokenizer, self.template, self.letters, self.separator)
+        return label_tokens(tokenizer, self.template, self.letters, self.separator)
 
     def encode(
         self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int

@@ -193,6 +193,29 @@ def first_tokens(
     return tuple(owner)
 
 
+def list_options(line: str, names: Sequence[str], texts: Sequence[str], heading: str = "") -> str:
+    """Return options written out, one a line: ``list_options("{letter}) {text}", "AB", ("red", "blue"))``.
+
+    Args:
+        line: how one option is listed, with ``{letter}`` and ``{text}``.
+        names: what each is called; no shorter than the texts.
+        texts: the options.
+        heading: a line above them.
+    """
+    # the text last, so that braces in it are not taken for fields
+    lines = [line.replace("{letter}", name).replace("{text}", text) for name, text in zip(names, texts, strict=False)]
+    return "\n".join([heading, *lines] if heading else lines)
+
+
+def label_tokens(
+    tokenizer: PreTrainedTokenizerBase, template: str, words: Sequence[str], separator: str | None
+) -> tuple[int, ...]:
+    """Return the vocabulary rows of the labels: `first_tokens`, or `lone_tokens` without a separator."""
+    if separator is None:
+        return lone_tokens(tokenizer, words)
+    return first_tokens(tokenizer, template, words, separator)
+
+
 def lone_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> tuple[int, ...]:
     """Return the last token of each word as the tokenizer writes it without a prompt; released code takes labels so.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from pyrolora.models.naming import suggestion
 from pyrolora.models.tasks.example import Example, Row
+from pyrolora.models.tasks.prompts import list_options
 
 Reader = Callable[[Row], Example | None]
 
@@ -121,11 +122,8 @@ def listing_reader(read: Reader, line: str, letters: Sequence[str], heading: str
             return None
         texts, keys = _options(row, choices)
         names = keys if isinstance(row.get(choices), Mapping) else letters
-        # the text last, so that braces in it are not taken for fields
-        lines = [
-            line.replace("{letter}", name).replace("{text}", text) for name, text in zip(names, texts, strict=False)
-        ]
-        return replace(example, fields={**example.fields, "listing": "\n".join([heading, *lines])})
+        listing = list_options(line, names, texts, heading)
+        return replace(example, fields={**example.fields, "listing": listing})
 
     return listed
 
